@@ -1,0 +1,138 @@
+"""What the user chooses. Imports no torch, so that command lines start fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Ball = Literal["global", "tensor", "relative"]
+Scope = Literal["micro_batch", "batch"]
+NormStats = Literal["clean", "both"]
+
+
+@dataclass(frozen=True)
+class AMPConfig:
+    """How a model is perturbed: Algorithm 1 of Zheng et al., CVPR 2021 (arXiv 2010.04925).
+
+    Every field is checked on construction; a bad one raises `ValueError` naming the field and what
+    it accepts. `transformers.HfArgumentParser` can parse the dataclass, and it comes back from JSON
+    equal to itself.
+    """
+
+    epsilon: float = field(
+        default=0.1,
+        metadata={"help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer."},
+    )
+    inner_lr: float = field(
+        default=1.0,
+        metadata={"help": "Ascent step, > 0, in parameter units per unit of gradient."},
+    )
+    inner_steps: int = field(
+        default=1, metadata={"help": "Ascents per step, >= 1; each costs one forward and backward."}
+    )
+    ball: Ball = field(
+        default="global",
+        metadata={
+            "help": "global: one ball over all parameters; tensor: one a tensor, all of one "
+            "radius; relative: one a tensor, of radius epsilon times the tensor's norm."
+        },
+    )
+    scope: Scope | None = field(
+        default=None,
+        metadata={
+            "help": "The batch a perturbation is computed on: micro_batch (each micro-batch and "
+            "each device its own; the default) or batch (one for the whole optimizer step)."
+        },
+    )
+    ascent_start: float = field(
+        default=0.7,
+        metadata={"help": "Fraction of the training steps, in [0, 1), before the first ascent."},
+    )
+    ascent_every: int = field(
+        default=1, metadata={"help": "Perturb on every k-th optimizer step, k >= 1."}
+    )
+    ascent_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the batch, in (0, 1], that the ascents see."}
+    )
+    perturb: str = field(
+        default="all",
+        metadata={
+            "help": "all, norm (normalization layers only) or a regular expression that is "
+            "searched for in parameter names."
+        },
+    )
+    norm_stats: NormStats = field(
+        default="clean",
+        metadata={
+            "help": "BatchNorm's running statistics: from the clean pass only, or from both."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check_real("epsilon", "a finite number >= 0", lambda x: x >= 0)
+        self._check_real("inner_lr", "a finite number > 0", lambda x: x > 0)
+        self._check_real("ascent_start", "a number in [0, 1)", lambda x: 0 <= x < 1)
+        self._check_real("ascent_fraction", "a number in (0, 1]", lambda x: 0 < x <= 1)
+        self._check_count("inner_steps")
+        self._check_count("ascent_every")
+        self._check_choice("ball", get_args(Ball))
+        self._check_choice("scope", (None, *get_args(Scope)))
+        self._check_choice("norm_stats", get_args(NormStats))
+        self._check_perturb()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> AMPConfig:
+        with open(path, encoding="utf-8") as file:
+            return cls(**json.load(file))
+
+    def ascends_at(self, step: int, max_steps: int) -> bool:
+        """Whether optimizer step `step` (from 0) of `max_steps` is perturbed.
+
+        The first ⌊ascent_start · max_steps⌋ steps are plain, so at least one is perturbed; from
+        there on, every `ascent_every`-th one is.
+        """
+        # Rounded first: 0.29 * 100 is 28.999999999999996.
+        start = math.floor(round(self.ascent_start * max_steps, 6))
+        return self.epsilon > 0 and step >= start and (step - start) % self.ascent_every == 0
+
+    def _refuse(self, name: str, allowed: str) -> ValueError:
+        return ValueError(f"AMPConfig.{name} must be {allowed}, got {getattr(self, name)!r}.")
+
+    def _check_real(self, name: str, allowed: str, holds: Any) -> None:
+        value = getattr(self, name)
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_real and math.isfinite(value) and holds(value)):
+            raise self._refuse(name, allowed)
+        object.__setattr__(self, name, float(value))
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            raise self._refuse(name, "an integer >= 1")
+        object.__setattr__(self, name, int(value))
+
+    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise self._refuse(name, "one of " + ", ".join(map(repr, choices)))
+
+    def _check_perturb(self) -> None:
+        allowed = "'all', 'norm' or a regular expression on parameter names"
+        if not isinstance(self.perturb, str) or not self.perturb:
+            raise self._refuse("perturb", allowed)
+        try:
+            re.compile(self.perturb)
+        except re.error as error:
+            raise ValueError(f"{self._refuse('perturb', allowed)} ({error})") from None

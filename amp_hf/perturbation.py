@@ -1,0 +1,149 @@
+"""The mathematics of Adversarial Model Perturbation, on lists of tensors.
+
+Algorithm 1 of Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation"
+(CVPR 2021, arXiv 2010.04925), with θ `params`, Δ `delta`, ζ folded into `rate`, and ε `epsilon`:
+
+    Δ ← Δ + ζ·∇L(θ + Δ)
+    Δ ← Δ · min(1, ε / ‖Δ‖₂)
+
+Everything runs in place and without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .config import Ball
+
+
+@torch.no_grad()
+def project(
+    delta: list[Tensor],
+    params: Sequence[Tensor],
+    epsilon: float,
+    ball: Ball,
+    rate: float | Tensor = 1.0,
+) -> Tensor:
+    """Δ ← project(rate · Δ), in place: what lies outside of the ball is scaled down onto it.
+
+    Args:
+        delta: Δ, one tensor a parameter, of the parameter's shape.
+        params: θ, from which the radii of `ball="relative"` come.
+        epsilon: radius ε in parameter units; for `"relative"` a fraction of each tensor's norm.
+        ball: `"global"` (the paper), `"tensor"` (the authors' released code) or `"relative"`.
+        rate: a float or a 0-dimensional tensor, > 0.
+
+    Returns:
+        ‖Δ‖₂ after the projection, over all tensors together, 0-dimensional.
+
+    A Δ that holds an infinity or a NaN anywhere becomes zero everywhere: there is no direction to
+    ascend in, and the step is then taken at θ.
+    """
+    norms = rate * torch.stack(torch._foreach_norm(delta))
+    if ball == "global":
+        norms = torch.linalg.vector_norm(norms)
+    radii = epsilon * (
+        torch.stack(torch._foreach_norm(list(params))) if ball == "relative" else 1.0
+    )
+    shrink = torch.where(norms > radii, radii / norms, 1.0)
+
+    finite = norms.isfinite().all()
+    for tensor in delta:
+        tensor.nan_to_num_(0.0, 0.0, 0.0)  # 0 * inf would be NaN
+    scale = torch.where(finite, rate * shrink, 0.0)
+    torch._foreach_mul_(delta, scale if ball == "global" else list(scale.unbind()))
+    return torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
+
+
+class Perturbation:
+    """The parameters at θ + Δ, and the way back to θ.
+
+    The tensors that bring the ascent direction in keep θ while the parameters are displaced, so a
+    perturbation takes the memory of one copy of the parameters, and of the largest of them while
+    the two change places. θ is copied, never recomputed, so `restore` is exact to the bit; it may
+    be called at any moment, also after an interrupt in the middle of any method here.
+    """
+
+    def __init__(self, params: Sequence[Tensor], epsilon: float, ball: Ball) -> None:
+        self.params = params
+        self.epsilon = epsilon
+        self.ball = ball
+        # Groups of (parameters, the tensors that hold their θ) and (parameters, their θ + Δ).
+        self._originals: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._displaced: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    @torch.no_grad()
+    def ascend(self, gradient: list[Tensor], rate: float | Tensor) -> Tensor:
+        """Δ ← project(Δ + rate · gradient), and the parameters go to θ + Δ.
+
+        Args:
+            gradient: ∇L at the parameters as they are now, one tensor a parameter. Overwritten.
+            rate: ζ over the scale of the loss; a float or a 0-dimensional tensor.
+
+        Returns:
+            ‖Δ‖₂, 0-dimensional.
+        """
+        if self._originals:
+            torch._foreach_mul_(gradient, rate)
+            rate = 1.0
+            # Δ is what rounding left of it in θ + Δ: where the gradient was really taken.
+            for (params, originals), ascent in zip(self._originals, self._groups(gradient)):
+                torch._foreach_add_(ascent, torch._foreach_sub(params, originals))
+            self.restore()
+        norm = project(gradient, self.params, self.epsilon, self.ball, rate)
+        for params, delta in zip(self._groups(self.params), self._groups(gradient)):
+            self._displace(params, delta, torch._foreach_add_)
+        return norm
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Puts θ back and keeps θ + Δ for `enter`."""
+        while self._originals:
+            params, originals = self._originals[-1]
+            displaced = torch._foreach_clone(params)
+            torch._foreach_copy_(params, originals)
+            self._originals.pop()
+            torch._foreach_copy_(originals, displaced)
+            self._displaced.append((params, originals))
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Takes the parameters to the θ + Δ that `leave` kept."""
+        while self._displaced:
+            self._displace(*self._displaced.pop(), torch._foreach_copy_)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts θ back and forgets Δ. Where the parameters are θ already, it does nothing."""
+        for params, originals in self._originals:
+            torch._foreach_copy_(params, originals)
+        self._originals.clear()
+
+    def _displace(
+        self,
+        params: list[Tensor],
+        other: list[Tensor],
+        write: Callable[[list[Tensor], list[Tensor]], object],
+    ) -> None:
+        """`write(params, other)`, then θ into `other`; θ is on record at every moment."""
+        originals = list(torch._foreach_clone(params))
+        self._originals.append((params, originals))
+        write(params, other)
+        torch._foreach_copy_(other, originals)
+        self._originals[-1] = (params, other)
+
+    def _groups(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """`tensors` (aligned with the parameters) in runs no larger than the largest parameter."""
+        largest = max(param.numel() for param in self.params)
+        group: list[Tensor] = []
+        size = 0
+        for tensor in tensors:
+            if size + tensor.numel() > largest:
+                yield group
+                group, size = [], 0
+            group.append(tensor)
+            size += tensor.numel()
+        yield group
