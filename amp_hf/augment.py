@@ -1,0 +1,142 @@
+"""Random augmentations of whole batches, each image with draws of its own.
+
+torchvision's v2 transforms draw once a call, so a batch would be cropped alike, and one call an
+image costs more than a small network's step. These draw for all images at once and compose with
+torchvision's in `v2.Compose`. They take (B, C, H, W); the random numbers are torch's global ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+
+class RandomCrop(nn.Module):
+    """Pads every side by `padding` pixels of value `fill` and crops back to the image's size."""
+
+    def __init__(self, padding: int = 4, fill: int = 128) -> None:
+        super().__init__()
+        self.padding = padding
+        self.fill = fill
+
+    def forward(self, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        padded = F.pad(images, (self.padding,) * 4, value=self.fill).permute(0, 2, 3, 1)
+        top, left = torch.randint(2 * self.padding + 1, (2, count, 1, 1))
+        rows = top + torch.arange(height).view(-1, 1)
+        columns = left + torch.arange(width)
+        return padded[torch.arange(count).view(-1, 1, 1), rows, columns].permute(0, 3, 1, 2)
+
+
+class RandomHorizontalFlip(nn.Module):
+    """Mirrors each image with probability one half."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+
+
+class RandomAffine(nn.Module):
+    """Rotates, shifts and scales each image; float images, edges repeated.
+
+    Args:
+        degrees: rotation within ± `degrees`.
+        translate: shift within ± this share of the side.
+        scale: size within 1 ± `scale`.
+    """
+
+    def __init__(self, degrees: float, translate: float, scale: float) -> None:
+        super().__init__()
+        self.degrees = degrees
+        self.translate = translate
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        angle, zoom, x, y = torch.empty(4, len(images)).uniform_(-1, 1)
+        angle = angle * math.radians(self.degrees)
+        zoom = 1 + zoom * self.scale
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        # A side is 2 units long in the coordinates of affine_grid.
+        x, y = 2 * self.translate * x, 2 * self.translate * y
+        theta = torch.stack([torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)], 1)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+class RandomLight(nn.Module):
+    """Brightness and contrast of each image within 1 ± `strength`; float images in [0, 1]."""
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, images: Tensor) -> Tensor:
+        brightness, contrast = 1 + torch.empty(2, len(images), 1, 1, 1).uniform_(-1, 1).mul_(
+            self.strength
+        )
+        mean = images.mean((1, 2, 3), keepdim=True)
+        return ((images - mean) * contrast + mean * brightness).clamp_(0, 1)
+
+
+class Cutout(nn.Module):
+    """Zeroes a square of `size` pixels, its centre anywhere (DeVries & Taylor, arXiv 1708.04552).
+
+    Comes after the normalization, so that zero is the mean colour.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        top = torch.randint(height, (count, 1, 1, 1)) - self.size // 2
+        left = torch.randint(width, (count, 1, 1, 1)) - self.size // 2
+        rows = torch.arange(height).view(-1, 1) - top
+        columns = torch.arange(width) - left
+        inside = (rows >= 0) & (rows < self.size) & (columns >= 0) & (columns < self.size)
+        return images.masked_fill(inside, 0.0)
+
+
+class EachImage(nn.Module):
+    """A torchvision transform of single images, such as `v2.AutoAugment`, on each of a batch."""
+
+    def __init__(self, transform: nn.Module) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([self.transform(image) for image in images])
+
+
+def train_transform(
+    kind: str, mean: list[float], std: list[float], cutout: int = 0, auto_augment: bool = False
+) -> v2.Compose:
+    """From uint8 images to normalized, augmented float ones.
+
+    Args:
+        kind: `"objects"` (crop with a padding of 4 pixels of 128, and flip: the AMP paper's for
+            CIFAR), `"signs"` (rotate, shift, scale and light, never a flip, which would turn one
+            sign into another) or `"none"`.
+        cutout: side of the square in pixels; 0 for none. The paper's is 16 on CIFAR.
+        auto_augment: AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019).
+    """
+    steps: list[nn.Module] = []
+    if kind == "objects":
+        steps += [RandomCrop(), RandomHorizontalFlip()]
+    if auto_augment:
+        steps += [EachImage(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))]
+    steps += [v2.ToDtype(torch.float32, scale=True)]
+    if kind == "signs":
+        steps += [RandomAffine(degrees=12, translate=0.1, scale=0.15), RandomLight(0.4)]
+    steps += [v2.Normalize(mean, std)]
+    if cutout:
+        steps += [Cutout(cutout)]
+    return v2.Compose(steps)
+
+
+def eval_transform(mean: list[float], std: list[float]) -> v2.Compose:
+    return train_transform("none", mean, std)

@@ -1,0 +1,233 @@
+"""The main job: train a timm model on an image dataset with AMP, evaluate it and save it.
+
+The recipes in recipes/ are this with a dataset's defaults. Arguments are those of
+`TrainingArguments`, of `AMPConfig` and of `ImageArguments`, from the command line, or from a YAML
+file (the first argument), which later arguments override.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from .augment import eval_transform, train_transform
+from .config import AMPConfig
+from .metrics import compute_metrics
+from .trainer import AMPTrainer
+from .vision import (
+    EpochCallback,
+    ImageDataset,
+    ImageDecodeError,
+    as_is,
+    build_model,
+    load_images,
+    preprocessing,
+)
+
+
+@dataclass
+class ImageArguments:
+    """What to train on what."""
+
+    model: str = field(default="resnet18", metadata={"help": "A timm model, or a saved folder."})
+    dataset: str = field(
+        default="uoft-cs/cifar10",
+        metadata={"help": "A Hub id, a local folder of parquet files, or an image folder."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Default: the first column of images."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Default: the first column of class labels."}
+    )
+    image_size: int = field(default=32, metadata={"help": "Pixels a side that images come to."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "timm's initial values instead of pretrained weights."}
+    )
+    augment: Literal["objects", "signs", "none"] = field(
+        default="objects",
+        metadata={"help": "objects: crop and flip; signs: rotate, shift, scale, light, no flip."},
+    )
+    cutout: int = field(default=0, metadata={"help": "Cutout of this many pixels a side; 0: none."})
+    auto_augment: bool = field(default=False, metadata={"help": "AutoAugment, CIFAR-10 policy."})
+    validation_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training set held out, by class, for validation."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many."})
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"--validation_fraction must be in [0, 1), got {self.validation_fraction}."
+            )
+
+
+def main(
+    defaults: dict[str, Any],
+    from_scratch_defaults: dict[str, Any],
+    description: str | None = None,
+    argv: list[str] | None = None,
+) -> dict[str, float]:
+    """Parses, trains, evaluates on the test split, saves and says where.
+
+    Args:
+        defaults: of any argument, for this recipe.
+        from_scratch_defaults: further ones where there are no pretrained weights.
+        argv: instead of the command line.
+
+    Returns:
+        What `all_results.json` holds.
+
+    Exits with 2 and one line where the arguments or the data are wrong.
+    """
+    try:
+        images, args, amp_config = parse(defaults, from_scratch_defaults, description, argv)
+        trainer, test = build(images, args, amp_config)
+    except (ValueError, OSError) as error:
+        _exit(error)
+    try:
+        return _train_and_evaluate(trainer, test)
+    except ImageDecodeError as error:  # from a dataloader's worker, with its traceback inside
+        _exit(error)
+
+
+def parse(
+    defaults: dict[str, Any],
+    from_scratch_defaults: dict[str, Any],
+    description: str | None = None,
+    argv: list[str] | None = None,
+) -> tuple[ImageArguments, TrainingArguments, AMPConfig]:
+    """The arguments, from a YAML file if the first one is that, and from the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        with open(argv[0], encoding="utf-8") as file:
+            argv = _as_arguments(yaml.safe_load(file) or {}) + argv[1:]
+    arguments: Any = (ImageArguments, TrainingArguments, AMPConfig)
+    parser = HfArgumentParser(
+        arguments,
+        description=description,
+        usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
+    )
+    parser.set_defaults(remove_unused_columns=False, **defaults)
+    if parser.parse_known_args(argv)[0].from_scratch:
+        parser.set_defaults(**from_scratch_defaults)
+    images, args, amp_config = parser.parse_args_into_dataclasses(argv)
+    return images, args, amp_config
+
+
+def _as_arguments(config: dict[str, Any]) -> list[str]:
+    arguments = []
+    for name, value in config.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words = [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+            arguments += [f"--{name}", *words]
+    return arguments
+
+
+def build(
+    images: ImageArguments, args: TrainingArguments, amp_config: AMPConfig
+) -> tuple[AMPTrainer, ImageDataset | None]:
+    """The trainer, and the test set that it is evaluated on in the end."""
+    _check_writable(str(args.output_dir))
+    with args.main_process_first(desc="loading the dataset"):
+        splits, image_column, label_column = load_images(
+            images.dataset, images.image_column, images.label_column
+        )
+    if "train" not in splits:
+        raise ValueError(f"Dataset {images.dataset!r} has no split 'train', only {list(splits)}.")
+    train = splits["train"]
+    validation, test = splits.get("validation"), splits.get("test")
+    if images.validation_fraction:
+        parts = train.train_test_split(
+            images.validation_fraction, stratify_by_column=label_column, seed=args.seed
+        )
+        train, validation = parts["train"], parts["test"]
+
+    set_seed(args.seed)
+    names = train.features[label_column].names
+    model = build_model(images.model, names, images.image_size, images.from_scratch)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+    geometry, mean, std = preprocessing(model)
+
+    def dataset(rows: Any, limit: int | None, transform: Any, name: str) -> ImageDataset | None:
+        if rows is None:
+            return None
+        if limit is not None and limit < len(rows):
+            rows = rows.shuffle(seed=args.seed).select(range(limit))
+        return ImageDataset(
+            rows, image_column, label_column, geometry, transform, seed=args.seed, progress=name
+        )
+
+    augment = train_transform(images.augment, mean, std, images.cutout, images.auto_augment)
+    plain = eval_transform(mean, std)
+    trainer = AMPTrainer(
+        model=model,
+        args=args,
+        amp_config=amp_config,
+        data_collator=as_is,
+        train_dataset=dataset(train, images.max_train_samples, augment, "train"),
+        eval_dataset=dataset(validation, images.max_eval_samples, plain, "validation"),
+        compute_metrics=compute_metrics,
+        callbacks=[EpochCallback()],
+    )
+    return trainer, dataset(test, images.max_eval_samples, plain, "test")
+
+
+def _check_writable(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder!r} cannot be written to: {error}") from error
+
+
+def _train_and_evaluate(trainer: AMPTrainer, test: ImageDataset | None) -> dict[str, float]:
+    args = trainer.args
+    resume = args.resume_from_checkpoint
+    result = trainer.train(True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    trainer.save_state()
+    results = dict(result.metrics)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    for name, dataset in (("eval", trainer.eval_dataset), ("test", test)):
+        if dataset is not None:
+            metrics = trainer.evaluate(dataset, metric_key_prefix=name)
+            trainer.log_metrics(name, metrics)
+            trainer.save_metrics(name, metrics)
+            results |= metrics
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(_SUMMARY.format(folder=args.output_dir))
+    return results
+
+
+_SUMMARY = """
+Saved in {folder}: the model, amp_config.json, all_results.json.
+It loads without amp_hf:
+
+    from transformers import pipeline
+    classify = pipeline("image-classification", model="{folder}")
+"""
+
+
+def _exit(error: Exception) -> NoReturn:
+    # An error from a dataloader's worker ends with its own message, behind the worker's traceback.
+    message = str(error).strip().splitlines()[-1].rpartition("ImageDecodeError: ")[2]
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)

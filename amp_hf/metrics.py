@@ -1,0 +1,86 @@
+"""Accuracy, likelihood and calibration of a classifier, as `evaluate` modules that need no network.
+
+`predictions` are logits, (n, classes); `references` are class indices, (n,). The Trainer gathers
+both from all processes (without the samples that fill up the last batch) before it calls
+`compute_metrics`, so the numbers are those of the whole set on any number of processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+_LOGITS = "`predictions`: logits, (n, classes); `references`: class indices, (n,)."
+
+
+def _log_softmax(logits: Any) -> np.ndarray:
+    return torch.as_tensor(np.asarray(logits), dtype=torch.float64).log_softmax(1).numpy()
+
+
+class _LogitsMetric(evaluate.Metric):
+    description: str
+    citation: str = ""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=self.citation,
+            inputs_description=_LOGITS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float64")),
+                    "references": datasets.Value("int64"),
+                }
+            ),
+        )
+
+
+class Accuracy(_LogitsMetric):
+    description = "Share of the samples whose largest logit is their class's, in [0, 1]."
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.argmax(predictions, 1) == np.asarray(references)))}
+
+
+class NegativeLogLikelihood(_LogitsMetric):
+    description = "Mean negative log-probability of the true class, in nats."
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        log_probs = _log_softmax(predictions)
+        return {"nll": float(-np.mean(log_probs[np.arange(len(references)), references]))}
+
+
+class ExpectedCalibrationError(_LogitsMetric):
+    description = (
+        "Mean distance between confidence and accuracy over equal-width bins of the confidence "
+        "(the largest probability), weighted by the samples in each bin, in [0, 1]."
+    )
+    citation = (
+        "Guo et al., On Calibration of Modern Neural Networks, ICML 2017 (arXiv 1706.04599), "
+        "equation 3, with its 15 bins."
+    )
+
+    def _compute(self, predictions: Any, references: Any, n_bins: int = 15) -> dict[str, float]:
+        probs = np.exp(_log_softmax(predictions))
+        confidence = probs.max(1)
+        correct = np.argmax(predictions, 1) == np.asarray(references)
+        # Bin m is ((m-1)/M, m/M].
+        bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+        gaps = np.bincount(bins, weights=correct - confidence, minlength=n_bins)
+        return {"ece": float(np.abs(gaps).sum() / len(references))}
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`accuracy`, `nll` and `ece`: for the Trainer's `compute_metrics`."""
+    results: dict[str, float] = {}
+    for metric in (Accuracy, NegativeLogLikelihood, ExpectedCalibrationError):
+        # In memory: evaluate's default is a file in the user's cache.
+        results |= metric(keep_in_memory=True).compute(
+            predictions=prediction.predictions, references=prediction.label_ids
+        )
+    return results

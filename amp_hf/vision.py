@@ -1,0 +1,287 @@
+"""timm backbones and image datasets for the Trainer.
+
+A model is a transformers `TimmWrapperForImageClassification`: everything that it takes to load it
+again (architecture, class names, preprocessing) is in its config.json, so it loads with
+`AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline` without this package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import numpy as np
+import timm
+import torch
+from timm.data.transforms import MaybeToTensor
+from torch import Tensor, nn
+from torchvision.transforms import Normalize, ToTensor, v2
+from tqdm.auto import tqdm
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+    TrainerCallback,
+)
+
+# Up to this size a set of decoded images is held in memory.
+IN_MEMORY_BYTES = 2 * 1024**3
+
+
+class ImageDecodeError(ValueError):
+    """An image of the dataset that cannot be decoded; the message says which."""
+
+
+def load_images(
+    name: str, image_column: str | None = None, label_column: str | None = None
+) -> tuple[datasets.DatasetDict, str, str]:
+    """A classification dataset: any Hub id, a local folder of parquet files or an image folder.
+
+    Returns:
+        The splits, and the names of the image column and of the label column. The label column is
+        a `datasets.ClassLabel`, so that it has the class names.
+
+    Raises:
+        ValueError: the dataset is out of reach, or a column is missing.
+    """
+    try:
+        splits = datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"Dataset {name!r} could not be loaded ({reason}). Pass --dataset a local folder of "
+            "parquet files or of images; recipes/train_digits.py needs no download at all."
+        ) from error
+    features = next(iter(splits.values())).features
+    image_column = _column(
+        name, features, "image", image_column, lambda f: isinstance(f, datasets.Image)
+    )
+    label_column = _column(
+        name,
+        features,
+        "label",
+        label_column,
+        lambda f: isinstance(f, datasets.ClassLabel),
+        fallback=("label", "labels"),
+    )
+    if not isinstance(features[label_column], datasets.ClassLabel):
+        names = sorted({value for split in splits.values() for value in split.unique(label_column)})
+        index = {value: i for i, value in enumerate(names)}
+        splits = splits.map(lambda row: {label_column: index[row[label_column]]})
+        label = datasets.ClassLabel(names=[str(value) for value in names])
+        splits = splits.cast_column(label_column, label)
+    return splits, image_column, label_column
+
+
+def _column(
+    dataset: str,
+    features: datasets.Features,
+    kind: str,
+    wanted: str | None,
+    fits: Callable[[Any], bool],
+    fallback: tuple[str, ...] = (),
+) -> str:
+    named = [wanted] if wanted else [column for column in features if fits(features[column])]
+    for column in (*named, *(() if wanted else fallback)):
+        if column in features:
+            return column
+    raise ValueError(
+        f"Dataset {dataset!r} has no {kind} column{f' {wanted!r}' if wanted else ''}; it has "
+        f"{', '.join(features)}: name one with --{kind}_column."
+    )
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Batches of `pixel_values` (B, 3, size, size) and `labels` (B,).
+
+    Sets that fit into memory are decoded once, larger ones in the dataloader's workers; in both
+    cases whole batches are augmented. The augmentation is a function of the seed, the epoch and the
+    images in the batch alone: it is the same on resume, and with any number of workers.
+
+    A batch is made at once in `__getitems__`: pass `as_is` as the Trainer's `data_collator` and set
+    `remove_unused_columns=False`.
+
+    Args:
+        geometry: brings a decoded RGB PIL image to its final size.
+        transform: brings a uint8 batch to the model's input.
+        progress: what the progress bar says while images are decoded.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        image_column: str,
+        label_column: str,
+        geometry: Callable[[Any], Any],
+        transform: nn.Module,
+        seed: int = 0,
+        progress: str = "images",
+    ) -> None:
+        self.rows = rows.select_columns([image_column]).cast_column(
+            image_column, datasets.Image(mode="RGB")
+        )
+        self.labels = torch.tensor(rows[label_column][:])
+        self.image_column = image_column
+        self.geometry = geometry
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+        self._pixels: Tensor | None = None
+        first = self._decode(0)
+        if first.numel() * len(rows) <= IN_MEMORY_BYTES:
+            self._pixels = torch.empty((len(rows), *first.shape), dtype=torch.uint8)
+            for i in tqdm(
+                range(len(rows)), desc=f"Decoding {progress}", unit=" images", disable=None
+            ):
+                self._pixels[i] = self._decode(i)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        if self._pixels is None:
+            pixels = torch.stack([self._decode(i) for i in indices])
+        else:
+            pixels = self._pixels[indices]
+        key = np.array([self.seed, self.epoch, *indices], dtype=np.int64).tobytes()
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(zlib.crc32(key))
+            pixels = self.transform(pixels)
+        return {"pixel_values": pixels, "labels": self.labels[indices]}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def _decode(self, index: int) -> Tensor:
+        try:
+            return v2.functional.pil_to_tensor(self.geometry(self.rows[index][self.image_column]))
+        except Exception as error:
+            raise ImageDecodeError(
+                f"Image {index} of column {self.image_column!r} cannot be decoded: {error}"
+            ) from error
+
+
+def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The collator of batches that a dataset has already made."""
+    return batch
+
+
+class EpochCallback(TrainerCallback):
+    """Tells an `ImageDataset` the epoch, so that each has augmentations of its own."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["train_dataloader"].dataset.epoch = int(state.epoch or 0)
+
+
+def build_model(
+    name: str, label_names: list[str], image_size: int, from_scratch: bool = False
+) -> TimmWrapperForImageClassification:
+    """A classifier for images of `image_size` pixels a side, in float32.
+
+    Args:
+        name: a timm model (`"resnet18"`, `"vit_tiny_patch16_224"`, with or without a pretrained
+            tag), or a local folder that a model was saved to.
+        from_scratch: timm's own initial values instead of pretrained weights from the Hub.
+
+    Raises:
+        ValueError: the name is unknown, the weights are out of reach, the images are too small, or
+            a saved model has another head.
+    """
+    if os.path.isdir(name):
+        model = TimmWrapperForImageClassification.from_pretrained(name, dtype=torch.float32)
+        model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
+        saved = [str(label) for label in (model.config.id2label or {}).values()]
+        if saved != label_names:
+            raise ValueError(
+                f"The model in {name} classifies {len(saved)} labels ({', '.join(saved[:3])}, …), "
+                f"the dataset has {len(label_names)} ({', '.join(label_names[:3])}, …): train on "
+                "the dataset it was made for, or start from a timm model."
+            )
+    else:
+        model = _timm_model(name, label_names, image_size, from_scratch)
+    _try_forward(model, name, image_size)
+    return model
+
+
+def preprocessing(
+    model: TimmWrapperForImageClassification,
+) -> tuple[v2.Compose, list[float], list[float]]:
+    """What the image processor of the saved model will do to a PIL image.
+
+    Returns:
+        Its resizing and cropping, and the mean and standard deviation that it normalizes with.
+    """
+    processor = TimmWrapperImageProcessor(model.config.pretrained_cfg)
+    geometry = [
+        step
+        for step in processor.val_transforms.transforms
+        if not isinstance(step, (ToTensor, MaybeToTensor, Normalize))
+    ]
+    config = processor.data_config
+    return v2.Compose(geometry), list(config["mean"]), list(config["std"])
+
+
+def _timm_model(
+    name: str, label_names: list[str], image_size: int, from_scratch: bool
+) -> TimmWrapperForImageClassification:
+    architecture = name.removeprefix("timm/")
+    known = timm.list_models() + timm.list_pretrained()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=4)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all."
+        raise ValueError(f"--model {name!r} is neither a timm model nor a local folder: {hint}")
+    cfg: Any = timm.get_pretrained_cfg(architecture)
+    # Transformers have a position embedding of one size; timm resamples pretrained ones.
+    model_args: dict[str, Any] = {"img_size": image_size} if cfg.fixed_input_size else {}
+    try:
+        backbone = timm.create_model(
+            architecture, pretrained=not from_scratch, num_classes=len(label_names), **model_args
+        )
+    except (OSError, RuntimeError) as error:
+        if from_scratch:
+            raise _too_small(name, image_size, error) from error
+        raise ValueError(
+            f"The pretrained weights of {name!r} could not be loaded "
+            f"({str(error).splitlines()[0]}). Pass --from_scratch, or --model a local folder."
+        ) from error
+    except AssertionError as error:
+        raise _too_small(name, image_size, error) from error
+    settings: dict[str, Any] = dict(
+        architecture=architecture.partition(".")[0],
+        id2label=dict(enumerate(label_names)),
+        label2id={label: i for i, label in enumerate(label_names)},
+        model_args=model_args or None,
+        # What `AutoImageProcessor` reads. Squashed, not cropped: nothing of a small image is lost.
+        pretrained_cfg={
+            "input_size": [3, image_size, image_size],
+            "mean": list(cfg.mean),
+            "std": list(cfg.std),
+            "interpolation": cfg.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+        },
+    )
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(**settings))
+    # The wrapper draws initial values of its own over timm's.
+    model.timm_model.load_state_dict(backbone.state_dict())
+    return model
+
+
+def _try_forward(model: nn.Module, name: str, image_size: int) -> None:
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise _too_small(name, image_size, error) from error
+
+
+def _too_small(name: str, image_size: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"{name!r} does not work on images of {image_size}x{image_size} pixels "
+        f"({str(error).splitlines()[0]}): raise --image_size or take another --model."
+    )
