@@ -121,7 +121,9 @@ def parse(
         description=description,
         usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
     )
-    parser.set_defaults(remove_unused_columns=False, **defaults)
+    parser.set_defaults(
+        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), **defaults
+    )
     if parser.parse_known_args(argv)[0].from_scratch:
         parser.set_defaults(**from_scratch_defaults)
     images, args, amp_config = parser.parse_args_into_dataclasses(argv)

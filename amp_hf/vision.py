@@ -108,7 +108,7 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         geometry: brings a decoded RGB PIL image to its final size.
         transform: brings a uint8 batch to the model's input.
-        progress: what the progress bar says while images are decoded.
+        progress: what the progress bar says; `None` shows none.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ImageDataset(torch.utils.data.Dataset):
         geometry: Callable[[Any], Any],
         transform: nn.Module,
         seed: int = 0,
-        progress: str = "images",
+        progress: str | None = None,
     ) -> None:
         self.rows = rows.select_columns([image_column]).cast_column(
             image_column, datasets.Image(mode="RGB")
@@ -134,9 +134,9 @@ class ImageDataset(torch.utils.data.Dataset):
         first = self._decode(0)
         if first.numel() * len(rows) <= IN_MEMORY_BYTES:
             self._pixels = torch.empty((len(rows), *first.shape), dtype=torch.uint8)
-            for i in tqdm(
-                range(len(rows)), desc=f"Decoding {progress}", unit=" images", disable=None
-            ):
+            # `disable=None` shows a bar on terminals only.
+            hidden = None if progress else True
+            for i in tqdm(range(len(rows)), desc=f"Decoding {progress}", disable=hidden):
                 self._pixels[i] = self._decode(i)
 
     def __len__(self) -> int:
