@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+
+from amp_hf.augment import (
+    Cutout,
+    RandomAffine,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomLight,
+    eval_transform,
+    train_transform,
+)
+
+
+def numbered(count=64, size=8):
+    """Images in which every pixel is another number, so that a place can be told from its value."""
+    pixels = torch.arange(3 * size * size, dtype=torch.uint8).view(1, 3, size, size)
+    return pixels.expand(count, -1, -1, -1).contiguous()
+
+
+def test_every_crop_is_a_window_of_its_own_image_at_a_place_of_its_own():
+    torch.manual_seed(0)
+    images = numbered()
+    images[1] = 7
+    crops = RandomCrop(padding=2, fill=255)(images)
+    padded = nn.functional.pad(images, (2,) * 4, value=255)
+    places = []
+    for image, crop in zip(padded, crops):
+        windows = image.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)  # (5, 5, 3, 8, 8)
+        matches = (windows == crop).flatten(2).all(-1).nonzero()
+        assert len(matches) >= 1
+        places.append(tuple(matches[0].tolist()))
+    assert len(set(places)) > 15
+
+
+def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():
+    torch.manual_seed(0)
+    images = numbered(1000)
+    flipped = RandomHorizontalFlip()(images)
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert (same ^ mirrored).all()
+    assert 430 < mirrored.sum() < 570
+
+
+def test_cutout_zeroes_one_square_of_the_size_asked_for_inside_of_the_image():
+    torch.manual_seed(0)
+    images = torch.ones(500, 3, 32, 32)
+    holes = (Cutout(16)(images) == 0).all(1)
+    assert holes.sum((1, 2)).max() == 16 * 16
+    assert 8 * 8 <= holes.sum((1, 2)).min() < 16 * 16  # cut off at the border
+    rows, columns = holes.any(2).sum(1), holes.any(1).sum(1)
+    assert torch.equal(rows * columns, holes.sum((1, 2)))  # a rectangle
+
+
+def test_affine_of_nothing_is_the_identity_and_shifts_stay_within_bounds():
+    images = torch.rand(8, 3, 16, 16)
+    same = RandomAffine(degrees=0, translate=0, scale=0)(images)
+    torch.testing.assert_close(same, images, atol=1e-5, rtol=0)
+
+    torch.manual_seed(0)
+    dot = torch.zeros(500, 1, 21, 21)
+    dot[:, :, 10, 10] = 1
+    moved = RandomAffine(degrees=0, translate=0.1, scale=0)(dot)
+    weight = moved / moved.sum((2, 3), keepdim=True)
+    offset = (weight.sum(2) * torch.arange(21)).sum(-1) - 10
+    assert offset.abs().max() <= 2.1 + 1e-3
+    assert offset.max() > 1.8 and offset.min() < -1.8
+
+
+def test_light_stays_in_range_and_differs_from_image_to_image():
+    torch.manual_seed(0)
+    images = torch.full((200, 3, 4, 4), 0.5)
+    lit = RandomLight(0.4)(images)
+    assert lit.min() >= 0.3 - 1e-6 and lit.max() <= 0.7 + 1e-6
+    assert len(lit[:, 0, 0, 0].unique()) > 190
+
+
+@pytest.mark.parametrize("kind", ["objects", "signs", "none"])
+def test_every_kind_gives_float_images_of_the_same_shape(kind):
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    transform = train_transform(kind, [0.5] * 3, [0.25] * 3, cutout=8, auto_augment=True)
+    out = transform(images)
+    assert out.shape == images.shape and out.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+def test_signs_are_never_mirrored():
+    # A sign that points right, as a bright half: after any augmentation its right half is brighter.
+    torch.manual_seed(0)
+    images = torch.zeros(500, 3, 32, 32, dtype=torch.uint8)
+    images[..., 16:] = 255
+    out = train_transform("signs", [0.0] * 3, [1.0] * 3)(images)
+    assert (out[..., 24:].mean((1, 2, 3)) > out[..., :8].mean((1, 2, 3))).all()
+
+
+def test_evaluation_only_scales_and_normalizes():
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    out = eval_transform([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])(images)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    expected = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(out, expected)

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, log_loss
+from transformers import EvalPrediction
+
+from amp_hf.metrics import ExpectedCalibrationError, compute_metrics
+
+
+def logits_and_labels(n=1000, classes=10, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, classes)).astype(np.float32) * 3, rng.integers(classes, size=n)
+
+
+def test_accuracy_and_nll_are_those_of_scikit_learn():
+    logits, labels = logits_and_labels()
+    probs = np.exp(logits.astype(np.float64))
+    probs /= probs.sum(1, keepdims=True)
+    results = compute_metrics(EvalPrediction(logits, labels))
+    assert results["accuracy"] == accuracy_score(labels, logits.argmax(1))
+    assert results["nll"] == pytest.approx(log_loss(labels, probs), rel=1e-9)
+
+
+def test_calibration_error_of_a_case_worked_by_hand():
+    # Two classes. Confidence .9 four times with three right, confidence .6 six times with five
+    # right: 4/10 * |3/4 - .9| + 6/10 * |5/6 - .6| = .06 + .14.
+    confidence = np.array([0.9] * 4 + [0.6] * 6)
+    logits = np.log(np.stack([confidence, 1 - confidence], 1))
+    labels = np.array([0, 0, 0, 1] + [0] * 5 + [1])
+    result = ExpectedCalibrationError(keep_in_memory=True).compute(
+        predictions=logits, references=labels
+    )
+    assert result["ece"] == pytest.approx(0.2, abs=1e-9)
+
+
+def test_calibration_error_takes_the_gap_of_each_bin_and_not_of_each_sample():
+    # Confidences .61 and .65 fall into one of 15 bins (.6, .667]; one right, one wrong.
+    confidence = np.array([0.61, 0.65])
+    logits = np.log(np.stack([confidence, 1 - confidence], 1))
+    metric = ExpectedCalibrationError(keep_in_memory=True)
+    result = metric.compute(predictions=logits, references=np.array([0, 1]))
+    assert result["ece"] == pytest.approx(0.63 - 0.5, abs=1e-9)
+    metric = ExpectedCalibrationError(keep_in_memory=True)
+    finer = metric.compute(predictions=logits, references=np.array([0, 1]), n_bins=100)
+    assert finer["ece"] == pytest.approx((0.39 + 0.65) / 2, abs=1e-9)
+
+
+def test_certain_and_right_is_perfectly_calibrated():
+    logits = np.eye(10) * 1000
+    results = compute_metrics(EvalPrediction(logits, np.arange(10)))
+    assert results == {"accuracy": 1.0, "nll": 0.0, "ece": 0.0}

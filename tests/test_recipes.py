@@ -1,0 +1,158 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from images import parquet_folder, rows
+from transformers import AutoModelForImageClassification
+
+from amp_hf import AMPConfig, vision
+from amp_hf.image_classification import ImageArguments, main, parse
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 2"
+
+
+def run(*command, **kwargs):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, **kwargs
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return parquet_folder(tmp_path_factory.mktemp("digits"))
+
+
+def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_path):
+    out = run(RECIPES / "train_digits.py", "--seeds=2", "--epochs=2", f"--output_dir={tmp_path}")
+    assert "200 training images, n = 2 seeds" in out
+    assert "Reloaded, it predicts the same: True" in out
+    table = {line.split()[0]: line for line in out.splitlines() if "±" in line}
+    saved = results(tmp_path)
+    for name in ("ERM", "AMP"):
+        assert [run.keys() for run in saved[name]] == [{"accuracy", "nll", "ece", "sharpness"}] * 2
+        mean = sum(run["accuracy"] for run in saved[name]) / 2
+        assert f" {mean:.4f} ± " in table[name]
+    assert saved["ERM"] != saved["AMP"]
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "amp").config.num_labels == 10
+
+
+def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
+    command = [RECIPES / "train_cifar10.py", *SMALL.split(), "--dataset", data]
+    command += ["--output_dir", tmp_path, "--validation_fraction=0.25", "--epsilon=0.2"]
+    out = run(*command, "--max_eval_samples=50")
+    found = results(tmp_path)
+    for split in ("eval", "test"):
+        assert {f"{split}_{name}" for name in ("accuracy", "nll", "ece")} <= found.keys()
+    assert found["epoch"] == 2.0
+    assert AMPConfig.from_json_file(tmp_path / "amp_config.json").epsilon == 0.2
+    assert f'pipeline("image-classification", model="{tmp_path}")' in out
+
+
+def test_a_yaml_file_sets_arguments_and_the_command_line_overrides_them(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("epsilon: 0.3\nmodel: vit_tiny_patch16_224\nfrom_scratch: true\n"
+                      "learning_rate: 1e-3\nbf16: false\nscope: null\n")  # fmt: skip
+    argv = [str(config), "--model", "resnet34", "--output_dir", str(tmp_path)]
+    images, args, amp = parse({"learning_rate": 0.5, "seed": 7}, {"weight_decay": 0.1}, None, argv)
+    assert (images.model, images.from_scratch, amp.epsilon) == ("resnet34", True, 0.3)
+    assert (args.learning_rate, args.seed, args.weight_decay) == (1e-3, 7, 0.1)
+
+
+def test_every_amp_field_is_an_argument(tmp_path):
+    amp = AMPConfig(0.2, 0.5, 2, "relative", "batch", 0.3, 2, 0.5, "norm", "both")
+    argv = [f"--{name}={value}" for name, value in amp.to_dict().items()]
+    assert parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)])[2] == amp
+
+
+def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tmp_path, data):
+    """Resumed after one epoch of two, against two epochs in one go."""
+    common = [*SMALL.split(), "--dataset", data, "--ascent_start=0.25", "--logging_steps=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        main({}, {}, None, [*common, "--output_dir", str(folder), "--save_strategy=epoch"])
+    shutil.rmtree(parts / "checkpoint-40")
+    resumed = [*common, "--output_dir", str(parts), "--save_strategy=epoch"]
+    main({}, {}, None, [*resumed, "--resume_from_checkpoint=true"])
+    a, b = (
+        AutoModelForImageClassification.from_pretrained(folder).state_dict()
+        for folder in (whole, parts)
+    )
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+BAD = {
+    "--epsilon=-1": "AMPConfig.epsilon must be a finite number >= 0, got -1.0.",
+    "--epsilon=nan": "AMPConfig.epsilon must be a finite number >= 0, got nan.",
+    "--inner_lr=0": "AMPConfig.inner_lr must be a finite number > 0, got 0.0.",
+    "--inner_steps=1.5": "argument --inner_steps/--inner-steps: invalid int value: '1.5'",
+    "--ball=cube": "invalid choice: 'cube' (choose from",
+    "--perturb=(": "AMPConfig.perturb must be 'all', 'norm' or a regular expression",
+    "--perturb=nothing_like_it": "AMPConfig.perturb='nothing_like_it' matches no trainable",
+    "--model=resnet8": "did you mean",
+    "--dataset=no/such/folder": "Pass --dataset a local folder",
+    "--image_size=0": "--image_size must be at least 1, got 0.",
+    "--image_size=1": "does not work on images of 1x1 pixels",
+    "--validation_fraction=1": "--validation_fraction must be in [0, 1), got 1.0.",
+    "--output_dir=/dev/null/x": "--output_dir '/dev/null/x' cannot be written to",
+    "--optim=lomo": "steps inside of the backward pass",
+    "--no_such_argument=1": "--no_such_argument=1",
+    "--label_column=nope": "has no label column 'nope'; it has img, label",
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_input_ends_with_one_line_that_says_what_to_do(tmp_path, data, capsys, argument):
+    good = [*SMALL.split(), "--model=vit_tiny_patch16_224", "--dataset", data]
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, [*good, "--output_dir", str(tmp_path), argument])
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert BAD[argument] in lines[-1]
+    assert [line for line in lines[:-1] if not line.startswith("usage: ")] == []
+
+
+def test_an_image_that_a_worker_cannot_decode_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vision, "IN_MEMORY_BYTES", 0)
+    data = rows(0, 64).cast_column("img", datasets.Image(decode=False))
+    cells = data[:]
+    cells["img"][13] = {"bytes": b"\x89PNG\r\n broken", "path": None}
+    (tmp_path / "set").mkdir()
+    broken = datasets.Dataset.from_dict(cells, rows(0, 1).features)
+    broken.to_parquet(tmp_path / "set" / "train.parquet")
+    argv = [*SMALL.split(), "--dataset", str(tmp_path / "set"), "--output_dir", str(tmp_path / "o")]
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, [*argv, "--dataloader_num_workers=2"])
+    assert exit.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ": error: Image 13 of column 'img' cannot be decoded: " in last
+
+
+@pytest.mark.distributed
+def test_two_processes_evaluate_as_one_does(tmp_path, data):
+    """79 test images over two processes: the one that fills up the last batch is not counted."""
+    common = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--model=test_vit", "--image_size=32"]
+    common += ["--dataset", data, "--max_eval_samples=79", "--per_device_eval_batch_size=16"]
+    common += ["--learning_rate=0", "--max_steps=2", "--ascent_start=0"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
+    run(*common, "--output_dir", tmp_path / "1")
+    run(*launch, "--num_processes=2", *common, "--output_dir", tmp_path / "2")
+    one, two = results(tmp_path / "1"), results(tmp_path / "2")
+    for name in ("test_accuracy", "test_nll", "test_ece"):
+        assert two[name] == pytest.approx(one[name], abs=1e-6)
+
+
+def test_image_arguments_have_help_texts():
+    fields = ImageArguments.__dataclass_fields__.values()
+    assert [field.name for field in fields if "help" not in field.metadata] == []

@@ -1,0 +1,259 @@
+import subprocess
+import sys
+
+import datasets
+import pytest
+import timm
+import torch
+from images import NAMES, image_folder, parquet_folder, rows
+from PIL import Image
+from transformers import AutoImageProcessor, Trainer, TrainingArguments
+
+from amp_hf import vision
+from amp_hf.augment import eval_transform, train_transform
+from amp_hf.vision import (
+    EpochCallback,
+    ImageDataset,
+    ImageDecodeError,
+    as_is,
+    build_model,
+    load_images,
+    preprocessing,
+)
+
+ARCHITECTURE = "test_resnet"
+
+
+def image_dataset(data=None, transform=None, size=24, **kwargs):
+    model = build_model(ARCHITECTURE, NAMES, size, from_scratch=True)
+    geometry, mean, std = preprocessing(model)
+    transform = transform or eval_transform(mean, std)
+    data = rows(0, 64) if data is None else data
+    return ImageDataset(data, "img", "label", geometry, transform, **kwargs)
+
+
+def test_a_model_from_scratch_has_the_initial_values_of_timm():
+    torch.manual_seed(3)
+    expected = timm.create_model("resnet18", num_classes=10).state_dict()
+    torch.manual_seed(3)
+    model = build_model("resnet18", NAMES, 32, from_scratch=True)
+    state = model.timm_model.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], state[name])] == []
+
+
+RELOAD = """
+import sys
+sys.modules["amp_hf"] = None  # as if it were not installed
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+folder, image = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(folder)
+inputs = AutoImageProcessor.from_pretrained(folder)(Image.open(image).convert("RGB"))
+torch.save(model(**inputs).logits.detach(), image + ".pt")
+best = pipeline("image-classification", model=folder)(image, top_k=1)[0]["label"]
+print(best == model.config.id2label[int(model(**inputs).logits.argmax())], best)
+"""
+
+
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, "vit_tiny_patch16_224"])
+def test_a_saved_model_predicts_the_same_in_a_process_without_amp_hf(tmp_path, architecture):
+    model = build_model(architecture, NAMES, 32, from_scratch=True)
+    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
+    data = rows(0, 1)
+    data[0]["img"].save(tmp_path / "digit.png")
+    dataset = ImageDataset(
+        data, "img", "label", preprocessing(model)[0], eval_transform(*preprocessing(model)[1:])
+    )
+    with torch.no_grad():
+        expected = model.eval()(dataset[0]["pixel_values"][None]).logits
+    command = [sys.executable, "-c", RELOAD, str(tmp_path), str(tmp_path / "digit.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith("True "), done.stderr
+    assert done.stdout.split()[1] == NAMES[int(expected.argmax())]
+    torch.testing.assert_close(torch.load(tmp_path / "digit.png.pt"), expected)
+
+
+def test_training_sees_what_the_saved_image_processor_will_make_of_an_image(tmp_path):
+    build_model(ARCHITECTURE, NAMES, 24, from_scratch=True).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    data = rows(0, 3)
+    wide = data[0]["img"].resize((40, 17))
+    expected = processor([wide.convert("RGB")])["pixel_values"][0]
+    dataset = image_dataset(datasets.Dataset.from_list([{"img": wide, "label": 0}], data.features))
+    torch.testing.assert_close(dataset[0]["pixel_values"], expected, atol=1e-6, rtol=0)
+
+
+def test_columns_are_found_in_parquet_files_and_image_folders(tmp_path):
+    splits, image, label = load_images(parquet_folder(tmp_path / "a", image="photo", label="digit"))
+    assert (image, label, splits["train"].features[label].names) == ("photo", "digit", NAMES)
+    splits, image, label = load_images(image_folder(tmp_path / "b"))
+    assert (image, label) == ("image", "label")
+    assert splits["train"].features[label].names == sorted(NAMES)
+    assert len(splits["test"]) == 40
+
+
+@pytest.mark.parametrize("kind", ["int64", "string"])
+def test_plain_labels_become_classes_that_agree_between_the_splits(tmp_path, kind):
+    folder = parquet_folder(tmp_path, label="labels", label_type=datasets.Value(kind))
+    splits, _, label = load_images(folder)
+    feature = splits["train"].features[label]
+    assert feature == splits["test"].features[label]
+    assert feature.names == ([str(i) for i in range(10)] if kind == "int64" else sorted(NAMES))
+    for split, (start, stop) in {"train": (0, 160), "test": (160, 240)}.items():
+        digits = [row["label"] for row in rows(start, stop)]
+        names = digits if kind == "int64" else [NAMES[digit] for digit in digits]
+        assert [feature.int2str(i) for i in splits[split][label]] == [str(n) for n in names]
+
+
+def test_a_missing_column_is_named_beside_those_that_exist(tmp_path):
+    folder = tmp_path / "data"
+    datasets.Dataset.from_dict({"text": ["a"], "stars": [1]}).to_parquet(folder / "train.parquet")
+    with pytest.raises(ValueError, match=r"no image column; it has text, stars.*--image_column"):
+        load_images(str(folder))
+    folder = parquet_folder(tmp_path / "b", label="digit", label_type=datasets.Value("int64"))
+    with pytest.raises(ValueError, match=r"no label column; it has img, digit.*--label_column"):
+        load_images(folder)
+    assert load_images(folder, label_column="digit")[2] == "digit"
+    with pytest.raises(ValueError, match="no label column 'nope'; it has img, digit"):
+        load_images(folder, label_column="nope")
+
+
+@pytest.mark.parametrize("name", ["uoft-cs/cifar10", "no/such/folder"])
+def test_a_dataset_out_of_reach_says_how_to_go_on(name):
+    with pytest.raises(ValueError, match=r"Pass --dataset a local folder.*train_digits.py"):
+        load_images(name)
+
+
+def test_an_unknown_model_suggests_near_names():
+    with pytest.raises(ValueError, match=r"'resnet8' is neither.*did you mean .*resnet18"):
+        build_model("resnet8", NAMES, 32, from_scratch=True)
+
+
+def test_pretrained_weights_out_of_reach_say_how_to_go_on():
+    with pytest.raises(ValueError, match="Pass --from_scratch"):
+        build_model("resnet18", NAMES, 32)
+
+
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "inception_v3"])
+def test_images_too_small_for_the_backbone_are_refused(architecture):
+    with pytest.raises(ValueError, match=r"does not work on images of 9x9 pixels.*--image_size"):
+        build_model(architecture, NAMES, 9, from_scratch=True)
+
+
+def test_a_saved_model_with_another_head_is_refused_and_one_that_fits_is_loaded(tmp_path):
+    model = build_model(ARCHITECTURE, NAMES, 24, from_scratch=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"classifies 10 labels.*the dataset has 3 \(a, b, c"):
+        build_model(str(tmp_path), ["a", "b", "c"], 24)
+    state = build_model(str(tmp_path), NAMES, 24).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_corrupt_image_is_named_by_its_index(tmp_path):
+    data = rows(0, 20).cast_column("img", datasets.Image(decode=False))
+    cells = data[:]
+    cells["img"][13] = {"bytes": cells["img"][13]["bytes"][:40], "path": None}
+    broken = datasets.Dataset.from_dict(cells, rows(0, 1).features)
+    with pytest.raises(ImageDecodeError, match=r"^Image 13 of column 'img' cannot be decoded"):
+        image_dataset(broken)
+
+
+def lazily(monkeypatch):
+    monkeypatch.setattr(vision, "IN_MEMORY_BYTES", 0)
+
+
+def test_images_decoded_lazily_are_those_decoded_once(monkeypatch):
+    once = image_dataset()
+    lazily(monkeypatch)
+    assert torch.equal(
+        image_dataset().__getitems__([5, 0, 63])["pixel_values"],
+        once.__getitems__([5, 0, 63])["pixel_values"],
+    )
+
+
+class Batches:
+    """A collator that keeps what it hands out."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, batch):
+        self.seen.append(batch["pixel_values"].clone())
+        return batch
+
+
+def augmented(seed=0):
+    return image_dataset(transform=train_transform("objects", [0.5] * 3, [0.5] * 3), seed=seed)
+
+
+def test_augmentations_depend_on_seed_epoch_and_batch_and_on_nothing_else(monkeypatch):
+    dataset = augmented()
+    state = torch.random.get_rng_state()
+    first = dataset.__getitems__([1, 2, 3])["pixel_values"]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(7)
+    assert torch.equal(dataset.__getitems__([1, 2, 3])["pixel_values"], first)
+    dataset.epoch = 1
+    assert not torch.equal(dataset.__getitems__([1, 2, 3])["pixel_values"], first)
+    assert not torch.equal(augmented(seed=1).__getitems__([1, 2, 3])["pixel_values"], first)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_workers_give_the_batches_that_the_main_process_gives(tmp_path, monkeypatch, lazy):
+    if lazy:
+        lazily(monkeypatch)
+    batches = []
+    for workers in (0, 2):
+        dataset = augmented()
+        args = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=16,
+            dataloader_num_workers=workers,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            use_cpu=True,
+        )
+        model = build_model(ARCHITECTURE, NAMES, 24, from_scratch=True)
+        trainer = Trainer(model, args, data_collator=as_is, train_dataset=dataset)
+        batches.append([batch["pixel_values"] for batch in trainer.get_train_dataloader()])
+    assert len(batches[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_each_epoch_has_augmentations_of_its_own(tmp_path):
+    collator, dataset = Batches(), augmented()
+    args = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=64,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = build_model(ARCHITECTURE, NAMES, 24, from_scratch=True)
+    epochs = []
+
+    class Record(EpochCallback):
+        def on_step_end(self, *args, **kwargs):
+            epochs.append(dataset.epoch)
+
+    trainer = Trainer(
+        model, args, data_collator=collator, train_dataset=dataset, callbacks=[Record()]
+    )
+    trainer.train()
+    assert epochs == [0, 1, 2]
+
+
+def test_grey_and_transparent_images_come_as_three_channels():
+    data = [
+        {"img": Image.new("L", (20, 20), 100), "label": 0},
+        {"img": Image.new("RGBA", (30, 10), (100, 100, 100, 255)), "label": 1},
+    ]
+    dataset = image_dataset(datasets.Dataset.from_list(data, rows(0, 1).features))
+    pixels = dataset.__getitems__([0, 1])["pixel_values"]
+    assert pixels.shape == (2, 3, 24, 24)
+    torch.testing.assert_close(pixels[0], pixels[1])
