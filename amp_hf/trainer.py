@@ -13,7 +13,6 @@ import copy
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
 from .engine import loss_scale, resolve_scope, unsynchronized
+from .parameters import perturbed_parameters
 from .perturbation import Perturbation
 from .statistics import norm_buffers, preserved_buffers, preserved_rng
 
@@ -65,10 +65,11 @@ class AMPTrainerMixin(_Parent):
     _sums: Tensor | float
     _perturbed_steps: float
 
-    # The parameters of `_parameters_of`: all of them, and those that `AMPConfig.perturb` names.
-    _parameters_of: nn.Module | None
-    _all_parameters: list[nn.Parameter]
+    # Of the model `_found_in`, frozen parameters included.
+    _found_in: nn.Module | None
+    _parameters: list[nn.Parameter]
     _perturbed: list[nn.Parameter]
+    _norm_buffers: list[Tensor]
 
     # The Trainer's own.
     model: Any
@@ -80,7 +81,7 @@ class AMPTrainerMixin(_Parent):
         self.amp_config = amp_config or AMPConfig()
         self._start_window([])
         self._start_statistics()
-        self._parameters_of = None
+        self._found_in = None
         super().__init__(*args, **kwargs)
         if self.amp_config.epsilon > 0:
             resolve_scope(self.amp_config, self.accelerator, self.args)
@@ -92,7 +93,7 @@ class AMPTrainerMixin(_Parent):
         if resume_from_checkpoint:
             self._compare_with_checkpoint(resume_from_checkpoint)
         self._start_statistics()
-        self._parameters_of = None
+        self._found_in = None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -174,13 +175,13 @@ class AMPTrainerMixin(_Parent):
             batches = [self._sub_batch(batch) for batch in batches]
             num_items = self._count_items(batches)
 
-        if self._parameters_of is not self.model:
+        if self._found_in is not self.model:
             self._find_parameters()
-        trainable = _trainable(self._all_parameters)
+        trainable = _trainable(self._parameters)
         perturbed = _trainable(self._perturbed)
         self._perturbation = Perturbation(perturbed, config.epsilon, config.ball)
+        clean_losses: list[Tensor] = []
         for ascent in range(config.inner_steps):
-            losses = []
             with (
                 preserved_rng(self.args.device),
                 self._norm_stats_kept() if ascent else contextlib.nullcontext(),
@@ -190,55 +191,22 @@ class AMPTrainerMixin(_Parent):
             ):
                 for batch in batches:
                     # A copy, because computing the loss may take the labels out.
-                    losses.append(super().training_step(model, copy.copy(batch), num_items))
+                    loss = super().training_step(model, copy.copy(batch), num_items)
+                    if ascent == 0:
+                        clean_losses.append(loss / scale)
                 gradient = [
                     torch.zeros_like(param) if param.grad is None else param.grad
                     for param in perturbed
                 ]
-            if ascent == 0:
-                self._clean_losses = [loss / scale for loss in losses]
             rate = config.inner_lr / loss_scale(self.accelerator)
             self._delta_norm = self._perturbation.ascend(gradient, rate)
+        self._clean_losses = clean_losses
 
     def _find_parameters(self) -> None:
-        """Sets `_all_parameters` and `_perturbed`, or says why AMP would be wrong with them."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        perturb = self.amp_config.perturb
-        if perturb == "all":
-            chosen = named
-        elif perturb == "norm":
-            chosen = {
-                f"{prefix}.{name}": param
-                for prefix, module in self.model.named_modules(remove_duplicate=False)
-                if "norm" in type(module).__name__.lower()
-                for name, param in module.named_parameters(recurse=False)
-            }
-        else:
-            chosen = {name: param for name, param in named.items() if re.search(perturb, name)}
-        chosen = {name: param for name, param in chosen.items() if param.requires_grad}
-        if not chosen:
-            raise ValueError(
-                f"AMPConfig.perturb={perturb!r} matches no trainable parameter of "
-                f"{type(self.model).__name__}, whose parameters are named like "
-                f"{', '.join(list(named)[:3])}: use 'all', 'norm' or an expression that matches."
-            )
-        for name, param in chosen.items():
-            if param.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"Parameter {name} is {param.dtype}, in which a perturbation would round away: "
-                    "load the model with dtype=torch.float32 and set bf16=True or fp16=True in "
-                    "TrainingArguments, which computes in half precision over float32 parameters."
-                )
-        perturbed = {id(param): param for param in chosen.values()}  # tied ones once
-        for name, module in self.model.named_modules():
-            if getattr(module, "sparse", False) and id(module.weight) in perturbed:
-                raise ValueError(
-                    f"Module {name} has sparse gradients, which cannot be perturbed: build it with "
-                    "sparse=False, or leave it out by AMPConfig.perturb."
-                )
-        self._parameters_of = self.model
-        self._perturbed = list(perturbed.values())
-        self._all_parameters = list(self.model.parameters())
+        self._perturbed = perturbed_parameters(self.model, self.amp_config.perturb)
+        self._parameters = list(self.model.parameters())
+        self._norm_buffers = norm_buffers(self.model)
+        self._found_in = self.model
 
     def _count_items(self, batches: list) -> Tensor | int | None:
         """`num_items_in_batch` as the parent counts it, were `batches` the whole window."""
@@ -256,7 +224,7 @@ class AMPTrainerMixin(_Parent):
         """Around every pass that is not the clean one."""
         if self.amp_config.norm_stats == "both":
             return contextlib.nullcontext()
-        return preserved_buffers(norm_buffers(self.model))
+        return preserved_buffers(self._norm_buffers)
 
     @contextlib.contextmanager
     def _accumulating_alone(self) -> Iterator[None]:

@@ -1,0 +1,60 @@
+"""Which parameters are perturbed."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+
+def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
+    """The parameters that `AMPConfig.perturb` names, tied ones once, frozen ones too.
+
+    Args:
+        perturb: `"all"`, `"norm"` (those directly in a module whose class is called a norm:
+            BatchNorm2d, LayerNorm, LlamaRMSNorm, timm's BatchNormAct2d, …) or a regular expression
+            that is searched for in the parameters' names.
+
+    Raises:
+        ValueError: none of them is trainable, or one that is could not be perturbed exactly.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if perturb == "all":
+        chosen = named
+    elif perturb == "norm":
+        chosen = {
+            f"{prefix}.{name}": param
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            if "norm" in type(module).__name__.lower()
+            for name, param in module.named_parameters(recurse=False)
+        }
+    else:
+        chosen = {name: param for name, param in named.items() if re.search(perturb, name)}
+
+    trainable = {name: param for name, param in chosen.items() if param.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"AMPConfig.perturb={perturb!r} matches no trainable parameter of "
+            f"{type(model).__name__}, whose parameters are named like "
+            f"{', '.join(list(named)[:3])}: use 'all', 'norm' or an expression that matches."
+        )
+    for name, param in trainable.items():
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Parameter {name} is {param.dtype}, in which a perturbation would round away: "
+                "load the model with dtype=torch.float32 and set bf16=True or fp16=True in "
+                "TrainingArguments, which computes in half precision over float32 parameters."
+            )
+    sparse = {
+        id(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    }
+    for param in trainable.values():
+        if id(param) in sparse:
+            raise ValueError(
+                f"Module {sparse[id(param)]} has sparse gradients, which cannot be perturbed: "
+                "build it with sparse=False, or leave it out by AMPConfig.perturb."
+            )
+    return list({id(param): param for param in chosen.values()}.values())
