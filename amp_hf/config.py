@@ -105,7 +105,7 @@ class AMPConfig:
         there on, every `ascent_every`-th one is.
         """
         # Rounded first: 0.29 * 100 is 28.999999999999996.
-        start = math.floor(round(self.ascent_start * max_steps, 6))
+        start = min(math.floor(round(self.ascent_start * max_steps, 6)), max_steps - 1)
         return self.epsilon > 0 and step >= start and (step - start) % self.ascent_every == 0
 
     def _refuse(self, name: str, allowed: str) -> ValueError:

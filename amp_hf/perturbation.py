@@ -108,6 +108,7 @@ class Perturbation:
             self._originals.pop()
             torch._foreach_copy_(originals, displaced)
             self._displaced.append((params, originals))
+            del displaced  # before the next group's copy is made
 
     @torch.no_grad()
     def enter(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import find_batch_size, recursively_apply
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
@@ -61,7 +61,8 @@ class AMPTrainerMixin(_Parent):
     _delta_norm: Tensor
     _clean_losses: list[Tensor]  # at θ, of the micro-batches that Δ holds for and that are to come
 
-    # Sums over the perturbed steps since the last log.
+    # Sums over the perturbed steps of a run since its last log.
+    _statistics_of: TrainerState
     _sums: Tensor | float
     _perturbed_steps: float
 
@@ -79,10 +80,10 @@ class AMPTrainerMixin(_Parent):
         if not isinstance(amp_config, AMPConfig | None):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
-        self._start_window([])
-        self._start_statistics()
         self._found_in = None
+        self._start_window([])
         super().__init__(*args, **kwargs)
+        self._start_statistics()
         if self.amp_config.epsilon > 0:
             resolve_scope(self.amp_config, self.accelerator, self.args)
             self._find_parameters()
@@ -92,11 +93,11 @@ class AMPTrainerMixin(_Parent):
     ) -> Any:
         if resume_from_checkpoint:
             self._compare_with_checkpoint(resume_from_checkpoint)
-        self._start_statistics()
         self._found_in = None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self._perturbation.restore()  # where an interrupt hit the one in training_step
             self._start_window([])
 
     def get_batch_samples(
@@ -131,6 +132,8 @@ class AMPTrainerMixin(_Parent):
                 self._perturbation.leave()
         finally:
             self._perturbation.restore()
+        if self._statistics_of is not self.state:  # a new run, or a smaller batch size is tried
+            self._start_statistics()
         share = 1 / max(1, len(self._window))
         self._perturbed_steps += share
         self._sums = self._sums + torch.stack(
@@ -243,6 +246,7 @@ class AMPTrainerMixin(_Parent):
         self._perturbation = Perturbation([], 0.0, "global")
 
     def _start_statistics(self) -> None:
+        self._statistics_of = self.state
         self._sums = 0.0
         self._perturbed_steps = 0.0
 

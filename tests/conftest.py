@@ -1,3 +1,4 @@
+import gc
 import os
 
 # No test needs the network: without these, a hub client may wait for one.
@@ -7,9 +8,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # small tensors: threads would only wait for each other
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session):
+    # Every `train()` collects garbage: most of its time, if it looks through all of transformers.
+    gc.collect()
+    gc.freeze()

@@ -1,12 +1,23 @@
 """Small networks on real digits, and trainers over them."""
 
 import functools
+import itertools
+import random
 
+import numpy as np
+import reference
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from amp_hf import AMPConfig, AMPTrainer
 
@@ -21,6 +32,8 @@ def digits(dtype=torch.float32):
 class MLP(nn.Module):
     """Two layers: small enough for the reference to follow in float64."""
 
+    config = PretrainedConfig()  # the Trainer's label smoothing looks at it
+
     def __init__(self, hidden=16):
         super().__init__()
         self.fc1 = nn.Linear(64, hidden)
@@ -34,6 +47,8 @@ class MLP(nn.Module):
 
 class ConvNet(nn.Module):
     """BatchNorm and dropout: what two passes disturb if they are not careful."""
+
+    config = PretrainedConfig()
 
     def __init__(self):
         super().__init__()
@@ -50,6 +65,50 @@ class ConvNet(nn.Module):
         logits = self.fc(self.dropout(x.flatten(1)))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return {"loss": loss, "logits": logits}
+
+
+@functools.cache
+def strokes():
+    """The inked pixels of each digit in reading order, as tokens: sequences of many lengths."""
+    pixels = [(sample["pixels"] * 16).long().flatten() for sample in digits()]
+    return [{"input_ids": tokens[tokens > 0]} for tokens in pixels]
+
+
+def padded(samples):
+    tokens = [sample["input_ids"] for sample in samples]
+    pad = functools.partial(nn.utils.rnn.pad_sequence, tokens, batch_first=True)
+    labels = pad(padding_value=-100)
+    return {"input_ids": pad(), "attention_mask": (labels != -100).long(), "labels": labels}
+
+
+def language_model(dropout=0.1):
+    """Weighs its loss by tokens, and so asks the Trainer for their number."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=17,
+            n_positions=64,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+        )
+    )
+
+
+class Recorder:
+    """A collator that keeps the batches in the order in which the Trainer asks for them."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, samples):
+        batch = {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+        self.batches.append({key: value.clone() for key, value in batch.items()})
+        return batch
 
 
 def make(net=MLP, seed=0, dtype=torch.float32):
@@ -96,6 +155,32 @@ def always(**kwargs):
     return AMPConfig(**{"ascent_start": 0.0} | kwargs)
 
 
+def train(model, folder, config=None, **kwargs):
+    trainer = trainer_for(model, folder, config, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def on(events, act):
+    """A callback that calls `act(event, state, control)` at each of `events`."""
+
+    def method(event):
+        return lambda self, args, state, control, **kwargs: act(event, state, control)
+
+    return type("On", (TrainerCallback,), {event: method(event) for event in events})()
+
+
+def raise_at(model, call, error):
+    """The model raises `error` at its `call`-th forward pass from now."""
+    calls = itertools.count(1)
+
+    def hook(*_):
+        if next(calls) == call:
+            raise error
+
+    return model.register_forward_pre_hook(hook)
+
+
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -104,3 +189,125 @@ def differing(a, b):
     """Names of the entries that are not equal to the bit."""
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def rng_states():
+    """Of Python's, NumPy's and torch's generators, comparable by `==`."""
+    kind, keys, *rest = np.random.get_state()
+    numpy = (kind, keys.tolist(), *rest)
+    return {
+        "python": random.getstate(),
+        "numpy": numpy,
+        "torch": torch.get_rng_state().tolist(),
+    }
+
+
+def logs(trainer):
+    """The log history without what the clock wrote."""
+    timed = ("_runtime", "_per_second")
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(timed)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def outcome(trainer):
+    """All that a training leaves behind, comparable by `==`."""
+    optimizer = trainer.optimizer.state_dict()
+    return {
+        "weights": comparable(trainer.model.state_dict()),
+        "optimizer": comparable(optimizer),
+        "logs": logs(trainer),
+        "rng": rng_states(),
+    }
+
+
+def comparable(tree):
+    """Tensors as lists: float32 and float64 lose no bit, and `==` says yes or no."""
+    if torch.is_tensor(tree):
+        return tree.tolist()
+    if isinstance(tree, dict):
+        return {key: comparable(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [comparable(value) for value in tree]
+    return tree
+
+
+def train_language_model(folder, config=None, *, dropout=0.1, model=None, **kwargs):
+    defaults = dict(per_device_train_batch_size=4, max_steps=4)
+    model = model or make(functools.partial(language_model, dropout))
+    own = {"data_collator": padded}
+    return train(model, folder, config, data=strokes(), trainer=own, **defaults | kwargs)
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
+def mlp_loss(batch):
+    def loss(theta):
+        w1, b1, w2, b2 = theta
+        hidden = torch.tanh(batch["pixels"].flatten(1) @ w1.T + b1)
+        return F.cross_entropy(hidden @ w2.T + b2, batch["labels"])
+
+    return loss
+
+
+def recorded(model, folder, config, steps=8, accumulation=1, *, trainer=None, **kwargs):
+    """θ before the training, and the windows of micro-batches that `model` was trained on."""
+    theta = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    recorder = Recorder()
+    own = {"data_collator": recorder} | (trainer or {})
+    kwargs |= dict(max_steps=steps, gradient_accumulation_steps=accumulation)
+    train(model, folder, config, trainer=own, **kwargs)
+    batches = recorder.batches
+    return theta, [batches[i * accumulation :][:accumulation] for i in range(steps)]
+
+
+def mean(losses):
+    """The loss of a whole window of micro-batches."""
+    return lambda theta: sum(loss(theta) for loss in losses) / len(losses)
+
+
+def amp_gradient(loss, theta, seen=None, chosen=None, **config):
+    """The gradient of `loss` at θ + Δ, with Δ from the loss `seen` on the `chosen` of θ."""
+    chosen = range(len(theta)) if chosen is None else chosen
+
+    def moved(values):
+        theta_moved = list(theta)
+        for i, value in zip(chosen, values):
+            theta_moved[i] = value
+        return theta_moved
+
+    part = [theta[i] for i in chosen]
+    delta = reference.perturbation(lambda p: (seen or loss)(moved(p)), part, **config)
+    return reference.gradient(loss, moved([p + d for p, d in zip(part, delta)]))
+
+
+def average(gradients):
+    return [sum(parts) / len(parts) for parts in zip(*gradients)]
+
+
+def assert_at(model, theta, atol=1e-10):
+    params = [p.detach() for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(params, theta, rtol=0, atol=atol)
+
+
+def spoil(model, spoiled, value):
+    """Multiplies the loss by `value` in those forward passes for which `spoiled(index)` holds."""
+    passes = []
+
+    def hook(module, inputs, output):
+        passes.append(None)
+        factor = value if spoiled(len(passes) - 1) else 1.0
+        return output | {"loss": output["loss"] * factor}
+
+    model.register_forward_hook(hook)

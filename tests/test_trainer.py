@@ -1,41 +1,536 @@
+"""What the Trainer logs, saves and refuses, and its features under AMP."""
+
+import logging
+import math
+
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from support import always, make, trainer_for
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
+from support import (
+    MLP,
+    ConvNet,
+    Recorder,
+    always,
+    amp_gradient,
+    arguments,
+    assert_at,
+    average,
+    comparable,
+    differing,
+    digits,
+    language_model,
+    logged,
+    make,
+    mean,
+    mean_loss,
+    mlp_loss,
+    outcome,
+    recorded,
+    train,
+    train_language_model,
+    trainer_for,
+    weights,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from transformers import Trainer
+
+from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
+from amp_hf.engine import resolve_scope
+
+BALLS = ["global", "tensor", "relative"]
+SCOPES = ["micro_batch", "batch"]
 
 
-class Recorder:
-    """The batches in the order in which the Trainer asks for them."""
-
-    def __init__(self):
-        self.batches = []
-
-    def __call__(self, samples):
-        batch = {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
-        self.batches.append({key: value.clone() for key, value in batch.items()})
-        return batch
+# What is logged
 
 
-def mlp_loss(batch):
-    def loss(theta):
-        w1, b1, w2, b2 = theta
-        hidden = torch.tanh(batch["pixels"].flatten(1) @ w1.T + b1)
-        return F.cross_entropy(hidden @ w2.T + b2, batch["labels"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("inner_steps", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3, 4])
+def test_the_logged_loss_is_the_clean_loss_to_the_bit(tmp_path, accumulation, inner_steps, scope):
+    losses = [
+        logged(
+            train(
+                make(ConvNet),
+                tmp_path,
+                learning_rate=0.0,
+                gradient_accumulation_steps=accumulation,
+                logging_steps=2,
+                max_steps=6,
+                **own,
+            ),
+            "loss",
+        )
+        for own in (
+            dict(config=always(inner_steps=inner_steps, scope=scope)),
+            dict(cls=Trainer),
+        )
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
 
-    return loss
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_logged_loss_is_the_clean_loss_of_a_loss_function_to_rounding(tmp_path, scope):
+    # Under micro_batch, Δ comes from the micro-batch's own mean, which is weighted afterwards.
+    losses = [
+        logged(
+            train(
+                make(),
+                tmp_path,
+                learning_rate=0.0,
+                data=digits()[:46],  # with a last batch of 14
+                gradient_accumulation_steps=3,
+                max_steps=3,
+                trainer={"compute_loss_func": mean_loss},
+                **own,
+            ),
+            "loss",
+        )
+        for own in (dict(config=always(scope=scope)), dict(cls=Trainer))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("inner_steps", [1, 2, 3])
-@pytest.mark.parametrize("ball", ["global", "tensor", "relative"])
-@pytest.mark.parametrize("epsilon", [0.05, 100.0], ids=["on the ball", "inside"])
-def test_trajectory_equals_the_reference_in_float64(tmp_path, ball, epsilon, inner_steps):
-    config = dict(epsilon=epsilon, inner_lr=0.3, inner_steps=inner_steps, ball=ball)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_sharpness_is_the_difference_of_the_two_losses_and_delta_is_on_the_ball(
+    tmp_path, accumulation, scope
+):
+    trainer = train(
+        make(ConvNet),
+        tmp_path,
+        always(epsilon=0.05, scope=scope),
+        gradient_accumulation_steps=accumulation,
+        logging_steps=2,
+    )
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 4
+    for entry in entries:
+        difference = entry["amp/loss"] - entry["loss"]
+        assert entry["amp/sharpness"] == pytest.approx(difference, abs=1e-6)  # float32
+        assert entry["amp/sharpness"] > 1e-3
+        assert entry["amp/delta_norm"] == pytest.approx(0.05, rel=1e-6)
+
+
+def test_the_logged_losses_are_those_of_the_reference(tmp_path):
+    config = dict(epsilon=0.5, inner_lr=0.3)
     model, recorder = make(dtype=torch.float64), Recorder()
     theta = [p.detach().clone() for p in model.parameters()]
-    trainer = trainer_for(model, tmp_path, always(**config), trainer={"data_collator": recorder})
+    trainer = train(model, tmp_path, always(**config), trainer={"data_collator": recorder})
+    for batch, entry in zip(recorder.batches, trainer.state.log_history[:8]):
+        loss = mlp_loss(batch)
+        delta = reference.perturbation(loss, theta, **config)
+        at_delta = loss([t + d for t, d in zip(theta, delta)]).item()
+        # The Trainer adds up its own losses in float32, AMP in the loss's own precision.
+        assert entry["loss"] == pytest.approx(loss(theta).item(), rel=1e-6)
+        assert entry["amp/loss"] == pytest.approx(at_delta, rel=1e-12)
+        assert entry["amp/sharpness"] == pytest.approx(at_delta - loss(theta).item(), rel=1e-10)
+        assert entry["amp/delta_norm"] == pytest.approx(reference.norm(delta).item(), rel=1e-12)
+        theta = reference.sgd(theta, reference.amp_gradient(loss, theta, **config), 0.1)
+
+
+def test_amp_values_are_means_over_the_perturbed_steps_and_absent_where_there_was_none(tmp_path):
+    def run(logging_steps):
+        config = AMPConfig(epsilon=100.0, ascent_start=0.25, ascent_every=3)
+        kwargs = dict(max_steps=12, learning_rate=0.0, logging_steps=logging_steps)
+        return train(make(), tmp_path, config, **kwargs)
+
+    entries = [entry for entry in run(1).state.log_history if "loss" in entry]
+    keys = ("amp/loss", "amp/sharpness", "amp/delta_norm")
+    for step, entry in enumerate(entries):
+        assert [key in entry for key in keys] == [step in (3, 6, 9)] * 3
+    for key in keys:
+        single = [entry[key] for entry in entries if key in entry]
+        expected = [single[0], (single[1] + single[2]) / 2]
+        assert logged(run(6), key) == pytest.approx(expected, rel=1e-5)
+        assert logged(run(2), key) == pytest.approx(single, rel=1e-5)  # of steps 2-3, 6-7 and 8-9
+
+
+def test_amp_values_reach_tensorboard(tmp_path):
+    trainer = train(make(), tmp_path, always(), report_to="tensorboard", max_steps=3)
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events)).Reload()
+    for key in ("loss", "amp/loss", "amp/sharpness", "amp/delta_norm"):
+        values = [event.value for event in board.Scalars(f"train/{key}")]
+        assert values == pytest.approx(logged(trainer, key), rel=1e-6)
+        assert len(values) == 3
+
+
+# What is saved
+
+
+def test_the_config_lies_beside_every_saved_model(tmp_path):
+    config = always(epsilon=0.3, perturb="fc1")
+    trainer = train(make(), tmp_path, config, save_strategy="steps", save_steps=2, max_steps=4)
+    trainer.save_model()
+    trainer.save_model(tmp_path / "elsewhere")
+    for folder in ("checkpoint-2", "checkpoint-4", ".", "elsewhere"):
+        assert AMPConfig.from_json_file(tmp_path / folder / "amp_config.json") == config
+        assert (tmp_path / folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("latest", [True, False])
+def test_resuming_with_another_config_names_each_field_that_differs(tmp_path, caplog, latest):
+    save = dict(save_strategy="steps", save_steps=2)
+    train(make(), tmp_path, always(epsilon=0.3), max_steps=2, **save)
+    checkpoint = True if latest else str(tmp_path / "checkpoint-2")
+    other = always(epsilon=0.2, ball="tensor", scope="batch")
+    for config, warnings in ((always(epsilon=0.3), 0), (other, 1)):
+        caplog.clear()
+        trainer = trainer_for(make(seed=1), tmp_path, config, max_steps=3, **save)
+        with caplog.at_level(logging.WARNING, "amp_hf"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        messages = [r.getMessage() for r in caplog.records if r.name.startswith("amp_hf")]
+        assert len(messages) == warnings
+    assert "ball was 'global' and is 'tensor'" in messages[0]
+    assert "epsilon was 0.3 and is 0.2" in messages[0]
+    assert "scope was None and is 'batch'" in messages[0]
+    assert messages[0].count(" was ") == 4  # "than it was trained with", and the three
+
+
+def test_resuming_a_checkpoint_of_the_stock_trainer_does_not_warn(tmp_path, caplog):
+    save = dict(save_strategy="steps", save_steps=2)
+    train(make(), tmp_path, cls=Trainer, max_steps=2, **save)
+    trainer = trainer_for(make(), tmp_path, always(), max_steps=3, **save)
+    with caplog.at_level(logging.WARNING, "amp_hf"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not [r for r in caplog.records if r.name.startswith("amp_hf")]
+
+
+# Errors at construction, each one line that says what to do
+
+
+def sparse_model():
+    model = MLP()
+    model.embedding = nn.Embedding(4, 4, sparse=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "kwargs", "message"),
+    [
+        (
+            lambda: MLP().bfloat16(),
+            {},
+            {},
+            r"Parameter fc1\.weight is torch\.bfloat16.*load the model with dtype=torch\.float32 "
+            r"and set bf16=True",
+        ),
+        (
+            sparse_model,
+            {},
+            {},
+            r"Module embedding has sparse gradients.*build it with sparse=False, or leave it out "
+            r"by AMPConfig\.perturb",
+        ),
+        (
+            MLP,
+            dict(perturb="fc3"),
+            {},
+            r"AMPConfig\.perturb='fc3' matches no trainable parameter of MLP.*fc1\.weight.*use "
+            r"'all', 'norm' or an expression that matches",
+        ),
+        (MLP, dict(perturb="norm"), {}, r"AMPConfig\.perturb='norm' matches no trainable"),
+        (lambda: MLP().requires_grad_(False), {}, {}, r"'all' matches no trainable parameter"),
+        *(
+            (MLP, {}, dict(optim=optim), rf"cannot use optim='{optim}'.*Choose an optimizer that")
+            for optim in (
+                "lomo",
+                "adalomo",
+                "galore_adamw_layerwise",
+                "galore_adafactor_layerwise",
+                "apollo_adamw_layerwise",
+            )
+        ),
+    ],
+)
+def test_what_amp_would_be_wrong_with_is_refused_in_one_line_that_says_what_to_do(
+    tmp_path, model, config, kwargs, message
+):
+    if kwargs:
+        kwargs = kwargs | dict(optim_target_modules="fc")
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer_for(model(), tmp_path, always(**config), data=digits(), **kwargs)
+    assert "\n" not in str(caught.value)
+    trainer_for(model(), tmp_path, always(epsilon=0), data=digits(), **kwargs)  # that is stock
+
+
+@pytest.mark.parametrize("kind", [DistributedType.MEGATRON_LM, DistributedType.XLA])
+def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind):
+    trainer = trainer_for(make(), tmp_path, always())
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+    with pytest.raises(ValueError, match=r"does not support .*, or set AMPConfig\(epsilon=0\)"):
+        resolve_scope(trainer.amp_config, trainer.accelerator, trainer.args)
+
+
+def test_data_parallel_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"nn\.DataParallel: start one process a GPU"):
+        AMPTrainer(model=make(), args=args, amp_config=always(), train_dataset=digits())
+
+
+def test_a_dict_for_a_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be an AMPConfig or None, got \{'epsilon'"):
+        trainer_for(make(), tmp_path, {"epsilon": 0.1})
+
+
+def test_no_config_is_the_default_config(tmp_path):
+    assert trainer_for(make(), tmp_path).amp_config == AMPConfig()
+
+
+# The Trainer's features
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_loss_function_that_counts_items_follows_the_reference(tmp_path, scope):
+    config = dict(epsilon=100.0, inner_lr=0.3)
+    model = make(dtype=torch.float64)
+    theta, windows = recorded(
+        model,
+        tmp_path,
+        always(**config, scope=scope),
+        accumulation=2,
+        trainer={"compute_loss_func": mean_loss},
+    )
+    for window in windows:
+        losses = [mlp_loss(batch) for batch in window]
+        seen = [mean(losses)] * 2 if scope == "batch" else losses
+        gradients = [amp_gradient(a, theta, b, **config) for a, b in zip(losses, seen)]
+        theta = reference.sgd(theta, average(gradients), 0.1)
+    assert_at(model, theta)
+
+
+def test_label_smoothing_follows_the_reference(tmp_path):
+    config = dict(epsilon=100.0, inner_lr=0.3)
+    model = make(dtype=torch.float64)
+    theta, windows = recorded(model, tmp_path, always(**config), label_smoothing_factor=0.2)
+    for (batch,) in windows:
+
+        def loss(theta, batch=batch):
+            w1, b1, w2, b2 = theta
+            hidden = torch.tanh(batch["pixels"].flatten(1) @ w1.T + b1)
+            return F.cross_entropy(hidden @ w2.T + b2, batch["labels"], label_smoothing=0.2)
+
+        theta = reference.sgd(theta, reference.amp_gradient(loss, theta, **config), 0.1)
+    assert_at(model, theta)
+
+
+class FocalTrainer(Trainer):
+    """Somebody's trainer, with a loss of its own and an argument of its own."""
+
+    def __init__(self, *args, gamma=2.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gamma = gamma
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(inputs["pixels"])
+        loss = focal_loss(outputs["logits"], inputs["labels"], self.gamma)
+        return (loss, outputs) if return_outputs else loss
+
+
+def focal_loss(logits, labels, gamma):
+    surprise = F.cross_entropy(logits, labels, reduction="none")
+    return ((1 - torch.exp(-surprise)) ** gamma * surprise).mean()
+
+
+class AMPFocalTrainer(AMPTrainerMixin, FocalTrainer):
+    pass
+
+
+def test_mixed_into_another_trainer_amp_uses_that_trainers_loss(tmp_path):
+    config = dict(epsilon=0.05, inner_lr=0.3, inner_steps=2)
+    model = make(dtype=torch.float64)
+    theta, windows = recorded(
+        model, tmp_path, always(**config), cls=AMPFocalTrainer, trainer={"gamma": 1.0}
+    )
+    for (batch,) in windows:
+
+        def loss(theta, batch=batch):
+            w1, b1, w2, b2 = theta
+            hidden = torch.tanh(batch["pixels"].flatten(1) @ w1.T + b1)
+            return focal_loss(hidden @ w2.T + b2, batch["labels"], 1.0)
+
+        theta = reference.sgd(theta, reference.amp_gradient(loss, theta, **config), 0.1)
+    assert_at(model, theta)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("failing", [1, 2, 4], ids=["clean", "second", "later"])
+def test_a_smaller_batch_size_is_found_and_trained_from_theta(tmp_path, failing, scope):
+    config = dict(epsilon=0.05, scope=scope)
+    model, recorder = make(dtype=torch.float64), Recorder()
+    passes = []
+
+    def hook(module, args, kwargs):
+        passes.append(len(kwargs["pixels"]))
+        if passes[-1] > 8 and passes.count(passes[-1]) == failing:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    theta = [p.detach().clone() for p in model.parameters()]
+    trainer = train(
+        model,
+        tmp_path,
+        always(**config),
+        trainer={"data_collator": recorder},
+        auto_find_batch_size=True,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=10,
+        max_steps=3,
+        logging_steps=3,
+    )
+    assert set(passes) == {10, 9, 8}
+    batches = [batch for batch in recorder.batches if len(batch["labels"]) == 8]
+    at_theta, at_delta = 0.0, 0.0
+    for step in range(3):
+        losses = [mlp_loss(batch) for batch in batches[2 * step : 2 * step + 2]]
+        seen = [mean(losses)] * 2 if scope == "batch" else losses
+        gradients = []
+        for loss, ascended in zip(losses, seen):
+            delta = reference.perturbation(ascended, theta, epsilon=0.05)
+            displaced = [t + d for t, d in zip(theta, delta)]
+            gradients.append(reference.gradient(loss, displaced))
+            at_theta += loss(theta).item() / 6
+            at_delta += loss(displaced).item() / 6
+        theta = reference.sgd(theta, average(gradients), 0.1)
+    assert_at(model, theta)
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["loss"] == pytest.approx(at_theta, rel=1e-6)  # a float32 sum of the Trainer's
+    assert entry["amp/loss"] == pytest.approx(at_delta, rel=1e-10)
+
+
+def test_hyperparameter_search_perturbs_every_trial(tmp_path):
+    pytest.importorskip("optuna")
+    models = []
+
+    def model_init():
+        models.append(make())
+        return models[-1]
+
+    trainer = AMPTrainer(
+        model_init=model_init,
+        args=arguments(tmp_path, max_steps=2, eval_strategy="steps"),
+        amp_config=always(),
+        train_dataset=digits(),
+        eval_dataset=digits()[:32],
+    )
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.1)},
+        backend="optuna",
+        n_trials=2,
+    )
+    assert 0.01 <= best.hyperparameters["learning_rate"] <= 0.1
+    assert len(models) >= 3
+    assert logged(trainer, "amp/delta_norm") == pytest.approx([0.1, 0.1])
+
+
+def test_a_model_from_model_init_is_perturbed_in_every_training(tmp_path):
+    def model_init():
+        return make()
+
+    trainer = AMPTrainer(
+        model_init=model_init,
+        args=arguments(tmp_path),
+        amp_config=always(perturb="fc1"),
+        train_dataset=digits(),
+    )
+    results = []
+    for _ in range(2):
+        trainer.train()
+        results.append(outcome(trainer))
+        assert logged(trainer, "amp/delta_norm") == pytest.approx([0.1] * 8)
+    assert results[0] == results[1]
+    stock = train(make(), tmp_path, cls=Trainer)
+    assert results[0]["weights"] != comparable(stock.model.state_dict())
+
+
+def test_noise_that_a_forward_hook_draws_is_the_same_in_all_passes(tmp_path):
+    # As NEFTune does on embeddings.
+    model, noises = make(), []
+
+    def hook(module, inputs, output):
+        noises.append(torch.rand_like(output))
+        return output + 0.1 * noises[-1]
+
+    model.fc1.register_forward_hook(hook)
+    train(model, tmp_path, always(), max_steps=2)
+    assert torch.equal(noises[0], noises[1])
+    assert torch.equal(noises[2], noises[3])
+    assert not torch.equal(noises[1], noises[2])
+
+
+def test_neftune_and_emptying_the_cache_change_nothing_in_radius_zero_and_work_beyond(tmp_path):
+    options = dict(neftune_noise_alpha=5.0, torch_empty_cache_steps=1)
+    results = {
+        epsilon: comparable(
+            train_language_model(tmp_path, always(epsilon=epsilon), **options).model.state_dict()
+        )
+        for epsilon in (0.0, 0.1)
+    }
+    stock = train_language_model(tmp_path, cls=Trainer, **options)
+    assert results[0.0] == comparable(stock.model.state_dict())
+    assert results[0.1] != results[0.0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
+    options = dict(
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    results = []
+    for kwargs in ({}, options):
+        trainer = train_language_model(tmp_path, always(inner_steps=2), **kwargs)
+        results.append(outcome(trainer))
+    for key in ("weights", "optimizer", "rng"):
+        assert results[0][key] == results[1][key], key
+
+
+def test_training_twice_with_one_trainer_goes_on_from_where_it_was(tmp_path):
+    trainer = trainer_for(make(dtype=torch.float64), tmp_path, always())
     trainer.train()
-    for batch in recorder.batches[:8]:
-        theta = reference.sgd(theta, reference.amp_gradient(mlp_loss(batch), theta, **config), 0.1)
-    for param, expected in zip(model.parameters(), theta):
-        torch.testing.assert_close(param.detach(), expected, rtol=0, atol=1e-10)
+    first, history = weights(trainer.model), len(logged(trainer, "amp/loss"))
+    trainer.train()
+    assert len(differing(weights(trainer.model), first)) == 4
+    assert history == len(logged(trainer, "amp/loss")) == 8
+
+
+def test_bf16_autocast_over_float32_weights_is_displaced_and_stays_finite(tmp_path):
+    trainer = train(make(ConvNet), tmp_path, always(), bf16=True)
+    assert logged(trainer, "amp/delta_norm") == pytest.approx([0.1] * 8, rel=1e-6)
+    assert all(math.isfinite(loss) for loss in logged(trainer, "amp/loss"))
+    for tensor in trainer.model.state_dict().values():
+        assert tensor.dtype in (torch.float32, torch.int64)
+        assert tensor.isfinite().all()
+
+
+def test_with_lora_only_the_adapters_are_displaced_and_trained(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted():
+        return get_peft_model(
+            language_model(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        )
+
+    model = make(adapted)
+    start = weights(model)
+    displaced = set()
+
+    def look(module, args):
+        now = module.state_dict()
+        displaced.update(name for name in now if not torch.equal(now[name], start[name]))
+
+    handle = model.register_forward_pre_hook(look)
+    trainer = train_language_model(tmp_path, always(epsilon=0.01), model=model, max_steps=2)
+    handle.remove()
+    moved = set(differing(weights(model), start))
+    assert moved
+    assert all("lora_" in name for name in moved)
+    assert displaced == moved
+    assert logged(trainer, "amp/delta_norm") == pytest.approx([0.01] * 2, rel=1e-6)

@@ -1,0 +1,47 @@
+"""A training run of test_resume.py as a process: `resume_worker.py FOLDER {killed,resumed}`.
+
+Writes what the run leaves behind to FOLDER/outcome.pkl. The killed one does not live to do so.
+"""
+
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from support import ConvNet, digits, make, on, outcome, trainer_for
+
+from amp_hf import AMPConfig
+
+
+def run(folder, mode):
+    def kill(event, state, control):
+        if state.global_step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = trainer_for(
+        make(ConvNet),
+        folder,
+        # Steps 3, 5, 7, 9 and 11 are perturbed.
+        AMPConfig(ascent_start=0.25, ascent_every=2, inner_steps=2, scope="batch"),
+        data=digits()[:128],  # eight steps an epoch
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_steps=12,
+        save_strategy="steps",
+        save_steps=3,
+        optim="adamw_torch",
+        lr_scheduler_type="cosine",
+        learning_rate=1e-2,
+        max_grad_norm=1.0,
+        trainer={"callbacks": [on(["on_substep_end"], kill)] if mode == "killed" else []},
+    )
+    trainer.train(resume_from_checkpoint=True if mode == "resumed" else None)
+    return outcome(trainer)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, mode = sys.argv[1:]
+    Path(folder, "outcome.pkl").write_bytes(pickle.dumps(run(folder, mode)))

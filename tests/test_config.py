@@ -1,0 +1,140 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+from transformers import HfArgumentParser
+
+from amp_hf import AMPConfig
+
+NAN, INF = float("nan"), float("inf")
+
+# Every field: what it accepts as its errors say it, values of that kind, and values that are not.
+FIELDS = {
+    "epsilon": ("a finite number >= 0", [0, 0.5, 3], [-0.1, NAN, INF, True, "0.1", None]),
+    "inner_lr": ("a finite number > 0", [1, 0.2], [0, 0.0, -1.0, NAN, INF, True, "1", None]),
+    "inner_steps": ("an integer >= 1", [1, 3], [0, -1, 1.0, 1.5, NAN, INF, True, "1", None]),
+    "ball": ("one of 'global', 'tensor', 'relative'", ["global", "tensor"], ["cube", "", None, 1]),
+    "scope": (
+        "one of None, 'micro_batch', 'batch'",
+        [None, "micro_batch", "batch"],
+        ["device", "", "None", True],
+    ),
+    "ascent_start": ("a number in [0, 1)", [0, 0.999], [-0.1, 1, 1.0, 70, NAN, INF, False, "0.7"]),
+    "ascent_every": ("an integer >= 1", [1, 10], [0, -2, 2.0, NAN, True, "2", None]),
+    "ascent_fraction": ("a number in (0, 1]", [0.25, 1], [0, 0.0, -0.5, 1.1, NAN, INF, True, "1"]),
+    "perturb": (
+        "'all', 'norm' or a regular expression on parameter names",
+        ["all", "norm", r"layer\.[0-3]\."],
+        ["", "(", "*", None, 3, True],
+    ),
+    "norm_stats": ("one of 'clean', 'both'", ["clean", "both"], ["outer", "", None, True]),
+}
+UNUSUAL = AMPConfig(
+    epsilon=0.25,
+    inner_lr=0.5,
+    inner_steps=2,
+    ball="relative",
+    scope="batch",
+    ascent_start=0.5,
+    ascent_every=3,
+    ascent_fraction=0.75,
+    perturb=r"conv\d+\.weight",
+    norm_stats="both",
+)
+
+
+def cases(values):
+    return [(name, value) for name, field in FIELDS.items() for value in field[values]]
+
+
+def ascents(max_steps, **kwargs):
+    config = AMPConfig(**kwargs)
+    return [step for step in range(max_steps) if config.ascends_at(step, max_steps)]
+
+
+def test_the_defaults_are_valid_and_every_field_is_tested_here():
+    assert AMPConfig().to_dict().keys() == FIELDS.keys()
+    differing = [name for name in FIELDS if getattr(UNUSUAL, name) != getattr(AMPConfig(), name)]
+    assert differing == list(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "value"), cases(1))
+def test_every_good_value_is_kept(name, value):
+    assert getattr(AMPConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), cases(2))
+def test_every_bad_value_raises_an_error_naming_the_field_and_what_it_accepts(name, value):
+    with pytest.raises(ValueError) as caught:
+        AMPConfig(**{name: value})
+    expected = f"AMPConfig.{name} must be {FIELDS[name][0]}, got {value!r}."
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_broken_regular_expression_is_explained():
+    with pytest.raises(ValueError, match=r"got 'a\('\. \(missing \), unterminated subpattern"):
+        AMPConfig(perturb="a(")
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AMPConfig().epsilon = 0.5
+
+
+def test_a_config_comes_back_from_a_dict_and_from_json_equal_to_itself(tmp_path):
+    for config in (AMPConfig(), UNUSUAL):
+        assert AMPConfig(**config.to_dict()) == config
+        assert AMPConfig(**json.loads(json.dumps(config.to_dict()))) == config
+        config.to_json_file(tmp_path / "amp_config.json")
+        assert AMPConfig.from_json_file(tmp_path / "amp_config.json") == config
+
+
+def test_a_command_line_sets_every_field():
+    parser = HfArgumentParser(AMPConfig)
+    line = [word for name, value in UNUSUAL.to_dict().items() for word in (f"--{name}", str(value))]
+    assert parser.parse_args_into_dataclasses(line) == (UNUSUAL,)
+    assert parser.parse_args_into_dataclasses([]) == (AMPConfig(),)
+
+
+def test_every_field_is_explained_on_the_command_line():
+    assert all(field.metadata["help"] for field in dataclasses.fields(AMPConfig))
+
+
+@pytest.mark.parametrize("start", ["0", "0.1", "0.29", "0.5", "0.7", "0.99", "0.9999999"])
+def test_the_first_floor_of_ascent_start_times_max_steps_steps_are_plain(start):
+    for max_steps in [*range(1, 120), 1000]:
+        plain = int(Fraction(start) * max_steps)
+        assert ascents(max_steps, ascent_start=float(start)) == list(range(plain, max_steps))
+
+
+@pytest.mark.parametrize("start", [0.9, 0.999999, 0.99999999, 1 - 2**-53])
+@pytest.mark.parametrize("every", [1, 1000])
+def test_at_least_one_step_is_perturbed_however_late_the_start(start, every):
+    for max_steps in (1, 2, 10, 150):
+        assert ascents(max_steps, ascent_start=start, ascent_every=every)
+
+
+def test_from_the_start_on_every_kth_step_is_perturbed():
+    assert ascents(20, ascent_start=0.5, ascent_every=3) == [10, 13, 16, 19]
+    assert ascents(7, ascent_start=0.0, ascent_every=2) == [0, 2, 4, 6]
+
+
+def test_radius_zero_never_perturbs():
+    assert ascents(10, epsilon=0, ascent_start=0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import amp_hf.config", ["torch", "transformers"]),
+        ("from amp_hf import AMPConfig", ["torch", "transformers"]),
+        ("import amp_hf.perturbation", ["transformers", "accelerate"]),
+    ],
+)
+def test_importing_the_config_loads_no_torch_and_the_mathematics_no_transformers(statement, absent):
+    script = f"{statement}; import sys; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -1,0 +1,242 @@
+import copy
+import weakref
+
+import pytest
+import reference
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from amp_hf.perturbation import Perturbation, project
+
+BALLS = ["global", "tensor", "relative"]
+FOREACH = [name for name in dir(torch) if name.startswith("_foreach_")]
+
+
+def tensors(seed, dtype=torch.float64, scale=1.0):
+    """Of several sizes, so that they change places in more than one group."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(4, 5), (3,), (2, 3), (), (5, 4)]
+    return [scale * torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def displaced(epsilon=0.1, ball="global"):
+    """float32 parameters at θ + Δ, and θ."""
+    params = tensors(0, torch.float32)
+    theta = copy.deepcopy(params)
+    perturbation = Perturbation(params, epsilon, ball)
+    perturbation.ascend(tensors(1, torch.float32), 1.0)
+    return perturbation, params, theta
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 2.0, 100.0])
+@pytest.mark.parametrize("rate", [1.0, 0.3, torch.tensor(7.0, dtype=torch.float64)])
+def test_projection_equals_its_closed_form_on_every_ball(ball, epsilon, rate):
+    delta, theta = tensors(1), tensors(0)
+    expected = reference.project([rate * d for d in delta], theta, epsilon, ball)
+    norm = project(delta, theta, epsilon, ball, rate)
+    torch.testing.assert_close(delta, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(norm, reference.norm(expected), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_what_lies_inside_of_the_ball_is_not_changed_by_a_bit(ball):
+    delta, theta = tensors(1, scale=1e-3), tensors(0)
+    before = copy.deepcopy(delta)
+    project(delta, theta, 1.0, ball)
+    assert same(delta, before)
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_a_gradient_of_zero_stays_zero(ball):
+    delta = [torch.zeros_like(t) for t in tensors(0)]
+    for theta in (tensors(0), copy.deepcopy(delta)):
+        for epsilon in (0.0, 0.1):
+            assert project(delta, theta, epsilon, ball) == 0
+            assert not any(d.any() for d in delta)
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("place", range(5))
+def test_one_entry_that_is_not_finite_makes_delta_zero_everywhere(ball, value, place):
+    delta = tensors(1)
+    delta[place].view(-1)[-1] = value
+    assert project(delta, tensors(0), 0.1, ball) == 0
+    assert not any(d.any() for d in delta)
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("epsilon", [0.1, 100.0], ids=["on the ball", "inside"])
+def test_a_gradient_scaled_by_a_power_of_two_gives_the_same_delta_to_the_bit(ball, epsilon):
+    theta, plain, scaled = tensors(0), tensors(1), tensors(1, scale=2.0**16)
+    norm = project(plain, theta, epsilon, ball, 0.5)
+    scaled_norm = project(scaled, theta, epsilon, ball, 0.5 / torch.tensor(2.0**16))
+    assert same(plain, scaled)
+    assert norm == scaled_norm
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_ascending_adds_delta_and_restoring_gives_theta_back_to_the_bit(ball):
+    params, gradient = tensors(0, torch.float32), tensors(1, torch.float32)
+    theta, delta = copy.deepcopy(params), copy.deepcopy(gradient)
+    norm = project(delta, theta, 0.1, ball, 0.5)
+    perturbation = Perturbation(params, 0.1, ball)
+    assert perturbation.ascend(gradient, 0.5) == norm
+    assert same(params, [t + d for t, d in zip(theta, delta)])
+    subtracted = [p - d for p, d in zip(params, delta)]
+    perturbation.restore()
+    assert same(params, theta)
+    assert not same(subtracted, theta)  # going back by subtraction would have been seen
+    perturbation.restore()
+    assert same(params, theta)
+
+
+def test_leaving_and_entering_changes_between_theta_and_the_same_displaced_parameters():
+    perturbation, params, theta = displaced()
+    there = copy.deepcopy(params)
+    assert not same(there, theta)
+    for _ in range(3):
+        perturbation.leave()
+        assert same(params, theta)
+        perturbation.enter()
+        assert same(params, there)
+    perturbation.restore()
+    assert same(params, theta)
+
+
+def test_the_parameters_keep_their_memory_throughout():
+    params = tensors(0)
+    places = [p.data_ptr() for p in params]
+    perturbation = Perturbation(params, 0.1, "global")
+    for act in (
+        lambda: perturbation.ascend(tensors(1), 1.0),
+        lambda: perturbation.ascend(tensors(2), 1.0),
+        perturbation.leave,
+        perturbation.enter,
+        perturbation.restore,
+    ):
+        act()
+        assert [p.data_ptr() for p in params] == places
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("epsilon", [0.1, 100.0], ids=["on the ball", "inside"])
+def test_several_ascents_add_up_and_are_projected_each_time(ball, epsilon):
+    params, theta = tensors(0), tensors(0)
+    perturbation = Perturbation(params, epsilon, ball)
+    delta = [torch.zeros_like(t) for t in theta]
+    for seed in (1, 2, 3):
+        ascent = tensors(seed)
+        delta = reference.project(
+            [d + 0.3 * g for d, g in zip(delta, ascent)], theta, epsilon, ball
+        )
+        norm = perturbation.ascend(ascent, 0.3)
+        expected = [t + d for t, d in zip(theta, delta)]
+        # Δ is read off from θ + Δ, where it has been rounded at the size of θ.
+        torch.testing.assert_close(params, expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(norm, reference.norm(delta), rtol=0, atol=1e-13)
+    perturbation.restore()
+    assert same(params, theta)
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_a_later_ascent_that_is_not_finite_takes_the_parameters_back_to_theta(ball):
+    perturbation, params, theta = displaced(ball=ball)
+    gradient = tensors(2, torch.float32)
+    gradient[1][0] = float("nan")
+    assert perturbation.ascend(gradient, 1.0) == 0
+    assert same(params, theta)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th foreach call: before it, halfway through or after it."""
+
+    def __init__(self, monkeypatch, call, moment):
+        self.left, self.moment, self.armed = call, moment, True
+        for name in FOREACH:
+            monkeypatch.setattr(torch, name, self.interrupting(getattr(torch, name)))
+
+    def interrupting(self, function):
+        def call(*args):
+            self.left -= self.armed
+            if self.left != 0 or not self.armed:
+                return function(*args)
+            self.armed = False
+            if self.moment == "half":
+                args = [a[: len(a) // 2 or 1] if isinstance(a, list | tuple) else a for a in args]
+            if self.moment != "before":
+                function(*args)
+            raise KeyboardInterrupt
+
+        return call
+
+
+@pytest.mark.parametrize("moment", ["before", "half", "after"])
+def test_an_interrupt_at_any_moment_of_any_method_leaves_a_way_back_to_theta(monkeypatch, moment):
+    def cycle(perturbation):
+        perturbation.ascend(tensors(1, torch.float32), 1.0)
+        perturbation.ascend(tensors(2, torch.float32), 1.0)
+        perturbation.leave()
+        perturbation.enter()
+        perturbation.leave()
+        perturbation.enter()
+        perturbation.restore()
+
+    for call in range(1, 1000):
+        params, theta = tensors(0, torch.float32), tensors(0, torch.float32)
+        perturbation = Perturbation(params, 0.1, "global")
+        with monkeypatch.context() as patch:
+            interrupt = Interrupt(patch, call, moment)
+            try:
+                cycle(perturbation)
+            except KeyboardInterrupt:
+                perturbation.restore()
+        assert same(params, theta), f"foreach call {call}"
+        if interrupt.armed:
+            break
+    assert call > 50  # every call was reached, and there are as many
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of the tensors made inside that are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+def test_a_perturbation_takes_one_copy_of_the_parameters_and_the_largest_while_they_move():
+    # Parameters of 3 MiB, of which the largest has one; KiB for norms and scales.
+    sizes, largest, slack = [2**18, 2**17, 2**17, 2**18], 2**20, 2**12
+    params = [torch.randn(size) for size in sizes]
+    perturbation = Perturbation(params, 0.1, "global")
+    gradients = [[torch.randn(size) for size in sizes] for _ in range(2)]
+    for act in (
+        lambda: perturbation.ascend(gradients[0], 1.0),
+        lambda: perturbation.ascend(gradients[1], 1.0),
+        perturbation.leave,
+        perturbation.enter,
+        perturbation.restore,
+    ):
+        with LiveBytes() as memory:
+            act()
+        assert memory.peak <= largest + slack
+        assert sum(memory.sizes.values()) <= slack
+        assert memory.peak >= largest or act == perturbation.restore  # it does measure

@@ -1,0 +1,85 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from support import rng_states
+from torch import nn
+
+from amp_hf.statistics import norm_buffers, preserved_buffers, preserved_rng
+
+
+class Model(nn.Module):
+    """Every kind of tracked statistics, and buffers that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat = nn.BatchNorm1d(3)
+        self.deep = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.SyncBatchNorm(3)))
+        self.instance = nn.InstanceNorm2d(3, track_running_stats=True)
+        self.untracked = nn.BatchNorm2d(3, track_running_stats=False)
+        self.layer = nn.LayerNorm(3)
+        self.register_buffer("positions", torch.arange(3))
+        self.register_buffer("my_running_mean", torch.zeros(3))
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_norm_buffers_are_the_running_statistics_of_every_layer_and_nothing_else():
+    model = Model()
+    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    layers = ("flat", "deep.0", "deep.1.0", "instance")
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    expected = [f"{layer}.{name}" for layer in layers for name in statistics]
+    assert [names[id(buffer)] for buffer in norm_buffers(model)] == expected
+
+
+def test_a_model_without_running_statistics_has_nothing_to_preserve():
+    assert norm_buffers(nn.LayerNorm(3)) == []
+    with preserved_buffers([]):
+        pass
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_preserved_buffers_are_in_place_what_they_were_also_after_an_error(error):
+    layer = nn.BatchNorm1d(4)
+    layer(torch.randn(8, 4))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    places = [buffer.data_ptr() for buffer in layer.buffers()]
+    try:
+        with preserved_buffers(norm_buffers(layer)):
+            layer(torch.randn(8, 4))
+            assert layer.num_batches_tracked == 2
+            assert not torch.equal(layer.running_mean, before["running_mean"])
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        assert error
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+    assert [buffer.data_ptr() for buffer in layer.buffers()] == places
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_preserved_generators_go_on_as_if_nothing_had_been_drawn_also_after_an_error(error):
+    before = rng_states()
+    try:
+        with preserved_rng(torch.device("cpu")):
+            assert rng_states() == before  # the body draws what follows it will draw
+            inside = draw()
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        assert error
+    assert rng_states() == before
+    assert draw() == inside
+    assert rng_states() != before
+
+
+@pytest.mark.gpu
+def test_the_generator_of_the_device_is_preserved_too():
+    device = torch.device("cuda", 0)
+    with preserved_rng(device):
+        inside = torch.rand(4, device=device)
+    assert torch.equal(torch.rand(4, device=device), inside)
