@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from .augment import eval_transform, train_transform
 from .config import AMPConfig
@@ -113,8 +114,7 @@ def parse(
     """The arguments, from a YAML file if the first one is that, and from the command line."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith((".yaml", ".yml")):
-        with open(argv[0], encoding="utf-8") as file:
-            argv = _as_arguments(yaml.safe_load(file) or {}) + argv[1:]
+        argv = _read_yaml(argv[0]) + argv[1:]
     arguments: Any = (ImageArguments, TrainingArguments, AMPConfig)
     parser = HfArgumentParser(
         arguments,
@@ -130,8 +130,17 @@ def parse(
     return images, args, amp_config
 
 
-def _as_arguments(config: dict[str, Any]) -> list[str]:
-    arguments = []
+def _read_yaml(path: str) -> list[str]:
+    """The file's arguments as they would stand on the command line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file) or {}
+        if not isinstance(config, dict):
+            raise ValueError("it is no mapping")
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} must be YAML, a line `argument: value` each: {reason}") from error
+    arguments: list[str] = []
     for name, value in config.items():
         if value is not None:
             values = value if isinstance(value, list) else [value]
@@ -145,6 +154,7 @@ def build(
 ) -> tuple[AMPTrainer, ImageDataset | None]:
     """The trainer, and the test set that it is evaluated on in the end."""
     _check_writable(str(args.output_dir))
+    args.resume_from_checkpoint = _find_checkpoint(args)
     with args.main_process_first(desc="loading the dataset"):
         splits, image_column, label_column = load_images(
             images.dataset, images.image_column, images.label_column
@@ -197,10 +207,26 @@ def _check_writable(folder: str) -> None:
         raise ValueError(f"--output_dir {folder!r} cannot be written to: {error}") from error
 
 
+def _find_checkpoint(args: TrainingArguments) -> str | None:
+    """The folder that `--resume_from_checkpoint`, a path or `true`, means."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() == "true":
+        found = get_last_checkpoint(str(args.output_dir))
+    else:
+        found = wanted if os.path.isdir(wanted) else None
+    if found is None:
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted}: no checkpoint there (--output_dir is "
+            f"{args.output_dir!r})."
+        )
+    return found
+
+
 def _train_and_evaluate(trainer: AMPTrainer, test: ImageDataset | None) -> dict[str, float]:
     args = trainer.args
-    resume = args.resume_from_checkpoint
-    result = trainer.train(True if str(resume).lower() == "true" else resume)
+    result = trainer.train(args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
     results = dict(result.metrics)

@@ -14,6 +14,7 @@ table shows the ratios' median and quartiles. Images are random noise: time does
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -131,7 +132,10 @@ def main() -> None:
 
     def trainer(cls, data=None, **kwargs):
         torch.manual_seed(0)
-        model = build_model(options.model, names, options.image_size, from_scratch=True)
+        try:
+            model = build_model(options.model, names, options.image_size, from_scratch=True)
+        except ValueError as error:
+            sys.exit(f"benchmark_step.py: error: {error}")
         model.to(memory_format=torch.channels_last)
         geometry, mean, std = preprocessing(model)
         if data is None:

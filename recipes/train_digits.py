@@ -34,6 +34,7 @@ from amp_hf.flatness import sharpness
 from amp_hf.metrics import compute_metrics
 from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
 
+MODEL = "test_resnet"  # timm's smallest ResNet, 0.4 million parameters
 IMAGE_SIZE = 24  # upscaled from 8: the network's stem divides the side by four
 COLUMNS = ("accuracy", "nll", "ece", "sharpness")
 
@@ -43,8 +44,16 @@ class DigitsArguments:
     seeds: int = 5
     train_samples: int = 200
     epochs: int = 40
-    model: str = "test_resnet"
     output_dir: str = "outputs/digits"
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("seeds", 1, 1000),
+            ("train_samples", 10, 1787),
+            ("epochs", 1, 1000),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"--{name} must be an integer in [{least}, {most}].")
 
 
 def digits() -> datasets.Dataset:
@@ -63,7 +72,7 @@ def train(options: DigitsArguments, amp_config: AMPConfig, radius: float, seed: 
         train_size=options.train_samples, stratify_by_column="label", seed=seed
     )
     set_seed(seed)
-    model = build_model(options.model, rows["train"].features["label"].names, IMAGE_SIZE, True)
+    model = build_model(MODEL, rows["train"].features["label"].names, IMAGE_SIZE, True)
     geometry, mean, std = preprocessing(model)
     train_set, test_set = (
         ImageDataset(rows[split], "image", "label", geometry, eval_transform(mean, std))

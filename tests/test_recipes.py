@@ -70,6 +70,16 @@ def test_a_yaml_file_sets_arguments_and_the_command_line_overrides_them(tmp_path
     assert (args.learning_rate, args.seed, args.weight_decay) == (1e-3, 7, 0.1)
 
 
+@pytest.mark.parametrize("text", ["- a", "a: [1", "no_such_argument: 1"])
+def test_a_yaml_file_that_is_wrong_ends_with_one_line(tmp_path, capsys, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, [str(tmp_path / "run.yaml")])
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "run.yaml must be YAML" in line or "--no_such_argument" in line
+
+
 def test_every_amp_field_is_an_argument(tmp_path):
     amp = AMPConfig(0.2, 0.5, 2, "relative", "batch", 0.3, 2, 0.5, "norm", "both")
     argv = [f"--{name}={value}" for name, value in amp.to_dict().items()]
@@ -108,6 +118,8 @@ BAD = {
     "--output_dir=/dev/null/x": "--output_dir '/dev/null/x' cannot be written to",
     "--optim=lomo": "steps inside of the backward pass",
     "--no_such_argument=1": "--no_such_argument=1",
+    "--resume_from_checkpoint=true": "--resume_from_checkpoint true: no checkpoint there",
+    "--resume_from_checkpoint=no/such": "--resume_from_checkpoint no/such: no checkpoint there",
     "--label_column=nope": "has no label column 'nope'; it has img, label",
 }
 
