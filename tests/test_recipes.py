@@ -31,7 +31,9 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return parquet_folder(tmp_path_factory.mktemp("digits"))
+    folder = parquet_folder(tmp_path_factory.mktemp("digits"))
+    datasets.load_dataset(folder)  # shows progress the first time
+    return folder
 
 
 def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_path):
@@ -156,10 +158,12 @@ def test_two_processes_evaluate_as_one_does(tmp_path, data):
     """79 test images over two processes: the one that fills up the last batch is not counted."""
     common = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--model=test_vit", "--image_size=32"]
     common += ["--dataset", data, "--max_eval_samples=79", "--per_device_eval_batch_size=16"]
-    common += ["--learning_rate=0", "--max_steps=2", "--ascent_start=0"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
+    common += ["--learning_rate=0", "--ascent_start=0.9"]
     run(*common, "--output_dir", tmp_path / "1")
-    run(*launch, "--num_processes=2", *common, "--output_dir", tmp_path / "2")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run(*torchrun, *common, "--output_dir", tmp_path / "2")
+    states = [json.loads((tmp_path / n / "trainer_state.json").read_text()) for n in "12"]
+    assert [state["global_step"] for state in states] == [4, 2]  # 128 images a process
     one, two = results(tmp_path / "1"), results(tmp_path / "2")
     for name in ("test_accuracy", "test_nll", "test_ece"):
         assert two[name] == pytest.approx(one[name], abs=1e-6)
