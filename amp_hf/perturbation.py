@@ -11,6 +11,7 @@ Everything runs in place and without waiting for the device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -56,6 +57,20 @@ def project(
     scale = torch.where(finite, rate * shrink, 0.0)
     torch._foreach_mul_(delta, scale if ball == "global" else list(scale.unbind()))
     return torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
+
+
+def joint_empty_like(params: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialized tensors of the shapes and strides of `params`, side by side in one block."""
+    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
+    for param in params:
+        sizes[param.device, param.dtype] += param.numel()
+    blocks = {kind: torch.empty(n, device=kind[0], dtype=kind[1]) for kind, n in sizes.items()}
+    tensors = []
+    for param in params:
+        kind = param.device, param.dtype
+        tensor, blocks[kind] = blocks[kind].tensor_split([param.numel()])
+        tensors.append(tensor.as_strided(param.shape, param.stride()))
+    return tensors
 
 
 class Perturbation:

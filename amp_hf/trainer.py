@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .config import AMPConfig
 from .engine import loss_scale, resolve_scope, unsynchronized
 from .parameters import perturbed_parameters
-from .perturbation import Perturbation
+from .perturbation import Perturbation, joint_empty_like
 from .statistics import norm_buffers, preserved_buffers, preserved_rng
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class AMPTrainerMixin(_Parent):
     _parameters: list[nn.Parameter]
     _perturbed: list[nn.Parameter]
     _norm_buffers: list[Tensor]
+    _memory: dict[nn.Parameter, Tensor]  # the ascent's gradient, then Δ, then θ
 
     # The Trainer's own.
     model: Any
@@ -99,6 +100,7 @@ class AMPTrainerMixin(_Parent):
         finally:
             self._perturbation.restore()  # where an interrupt hit the one in training_step
             self._start_window([])
+            self._memory = {}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -192,15 +194,12 @@ class AMPTrainerMixin(_Parent):
                 unsynchronized(self.accelerator, model),
                 _gradients_set_aside(trainable),
             ):
+                gradient = self._zero_gradient(perturbed, holds_theta=ascent > 0)
                 for batch in batches:
                     # A copy, because computing the loss may take the labels out.
                     loss = super().training_step(model, copy.copy(batch), num_items)
                     if ascent == 0:
                         clean_losses.append(loss / scale)
-                gradient = [
-                    torch.zeros_like(param) if param.grad is None else param.grad
-                    for param in perturbed
-                ]
             rate = config.inner_lr / loss_scale(self.accelerator)
             self._delta_norm = self._perturbation.ascend(gradient, rate)
         self._clean_losses = clean_losses
@@ -209,7 +208,21 @@ class AMPTrainerMixin(_Parent):
         self._perturbed = perturbed_parameters(self.model, self.amp_config.perturb)
         self._parameters = list(self.model.parameters())
         self._norm_buffers = norm_buffers(self.model)
+        self._memory = {}
         self._found_in = self.model
+
+    def _zero_gradient(self, params: list[nn.Parameter], holds_theta: bool) -> list[Tensor]:
+        """Gives `params` zeros to accumulate an ascent's gradient in.
+
+        They are kept from step to step: a CPU would map fresh memory page by page in every step.
+        """
+        if holds_theta or any(param not in self._memory for param in params):
+            self._memory = dict(zip(params, joint_empty_like(params)))
+        gradient = [self._memory[param] for param in params]
+        torch._foreach_zero_(gradient)
+        for param, zeros in zip(params, gradient):
+            param.grad = zeros
+        return gradient
 
     def _count_items(self, batches: list) -> Tensor | int | None:
         """`num_items_in_batch` as the parent counts it, were `batches` the whole window."""

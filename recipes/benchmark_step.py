@@ -9,7 +9,7 @@ table shows the ratios' median and quartiles. Images are random noise: time does
 
     amp       AMPTrainer over Trainer, N = 1, every step perturbed; without loading the batch
     pipeline  throughput with images augmented as they are needed over that on ready tensors
-    memory    peak of live tensors in an AMP step less the stock one's, in copies of the parameters
+    memory    peak of live tensors over AMP steps less the stock one's, in copies of the parameters
 """
 
 import json
@@ -69,10 +69,10 @@ class Clock(TrainerCallback):
 
 
 class PeakMemory(TrainerCallback):
-    """Bytes of live tensors at the peak of step 2, over those at its beginning."""
+    """Bytes of live tensors at the peak of the steps, over those at the beginning of the first."""
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2:
+        if state.global_step == 0:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
                 self._before = torch.cuda.memory_allocated()
@@ -80,18 +80,17 @@ class PeakMemory(TrainerCallback):
                 self._profiler = torch.profiler.profile(profile_memory=True)
                 self._profiler.start()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            if torch.cuda.is_available():
-                self.peak = torch.cuda.max_memory_allocated() - self._before
-            else:
-                self._profiler.stop()
-                changes = [
-                    (event.start_ns(), event.nbytes())
-                    for event in self._profiler.profiler.kineto_results.events()
-                    if event.name() == "[memory]"
-                ]
-                self.peak = int(np.cumsum([size for _, size in sorted(changes)]).max())
+    def on_train_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            self.peak = torch.cuda.max_memory_allocated() - self._before
+        else:
+            self._profiler.stop()
+            changes = [
+                (event.start_ns(), event.nbytes())
+                for event in self._profiler.profiler.kineto_results.events()
+                if event.name() == "[memory]"
+            ]
+            self.peak = int(np.cumsum([size for _, size in sorted(changes)]).max())
 
 
 def _now() -> float:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import weakref
 
 import numpy as np
 import reference
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -311,3 +314,22 @@ def spoil(model, spoiled, value):
         return output | {"loss": output["loss"] * factor}
 
     model.register_forward_hook(hook)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of the tensors made inside that are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result

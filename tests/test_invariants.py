@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support import (
     MLP,
     ConvNet,
+    LiveBytes,
     Recorder,
     always,
     comparable,
@@ -424,3 +425,41 @@ def test_a_first_ascent_that_is_not_finite_does_not_stop_the_second(tmp_path):
     train(spoiled, tmp_path, always(inner_steps=2))
     train(plain, tmp_path, always(inner_steps=1))
     assert not differing(weights(spoiled), weights(plain))
+
+
+def test_a_parameter_that_is_unfrozen_during_training_is_perturbed_from_then_on(tmp_path):
+    model = make()
+    model.fc1.requires_grad_(False)
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(weights(model)))
+
+    def unfreeze(event, state, control):
+        if state.global_step == 3:
+            model.fc1.requires_grad_(True)
+
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = {"callbacks": [on(["on_step_begin"], unfreeze)], "optimizers": (sgd, None)}
+    train(model, tmp_path, always(), max_steps=6, trainer=trainer)
+    moved = [differing(a, b) for a, b in zip(passes[::2], passes[1::2], strict=True)]
+    assert moved == [["fc2.weight", "fc2.bias"]] * 3 + [list(passes[0])] * 3
+
+
+# Memory
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_training_takes_one_copy_of_the_parameters_and_the_largest_more_than_the_stock_trainer(
+    tmp_path, accumulation, scope
+):
+    peaks = []
+    for own in (dict(config=always(scope=scope)), dict(cls=Trainer)):
+        model = make(lambda: MLP(hidden=2048))
+        trainer = trainer_for(
+            model, tmp_path, max_steps=2, gradient_accumulation_steps=accumulation, **own
+        )
+        with LiveBytes() as memory:
+            trainer.train()
+        peaks.append(memory.peak)
+    sizes = [param.nbytes for param in model.parameters()]
+    assert sum(sizes) / 2 < peaks[0] - peaks[1] <= sum(sizes) + max(sizes)

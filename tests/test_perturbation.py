@@ -1,11 +1,9 @@
 import copy
-import weakref
 
 import pytest
 import reference
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from support import LiveBytes
 
 from amp_hf.perturbation import Perturbation, project
 
@@ -201,25 +199,6 @@ def test_an_interrupt_at_any_moment_of_any_method_leaves_a_way_back_to_theta(mon
         if interrupt.armed:
             break
     assert call > 50  # every call was reached, and there are as many
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of the tensors made inside that are alive, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
-        for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
 
 
 def test_a_perturbation_takes_one_copy_of_the_parameters_and_the_largest_while_they_move():
