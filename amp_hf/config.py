@@ -96,7 +96,24 @@ class AMPConfig:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> AMPConfig:
         with open(path, encoding="utf-8") as file:
-            return cls(**json.load(file))
+            saved = json.load(file)
+        if unknown := saved.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"{path} has fields that AMPConfig has not: {sorted(unknown)}.")
+        return cls(**saved)
+
+    def changes_since(self, path: str | os.PathLike[str]) -> list[str]:
+        """What differs from the config in the JSON file at `path`, a sentence a field."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                saved = json.load(file)
+        except ValueError:
+            return [f"{path} is not JSON"]
+        here = self.to_dict()
+        return [
+            f"{name} was {saved.get(name)!r} and is {here.get(name)!r}"
+            for name in sorted(saved | here)
+            if saved.get(name) != here.get(name)
+        ]
 
     def ascends_at(self, step: int, max_steps: int) -> bool:
         """Whether optimizer step `step` (from 0) of `max_steps` is perturbed.

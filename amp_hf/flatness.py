@@ -15,9 +15,9 @@ def sharpness(
 ) -> float:
     """The rise of the mean loss over `inputs` at the worst point found within `epsilon` of θ.
 
-    The inner maximization of Algorithm 1 (Zheng et al., CVPR 2021) with ascents that reach the
-    sphere: Δ = ε·∇L/‖∇L‖₂, `inner_steps` times over from the point reached. In evaluation mode,
-    so that running statistics are used and not changed; the parameters end as they were.
+    The inner maximization of Algorithm 1 (Zheng et al., CVPR 2021), Δ ← project(Δ + ζ·∇L), with
+    ascents as long as the ball's radius: ζ = ε / ‖∇L‖₂. In evaluation mode, so that running
+    statistics are used and not changed; the parameters end as they were.
 
     Args:
         inputs: what `model(**inputs)["loss"]` takes, on the model's device.
@@ -35,7 +35,7 @@ def sharpness(
         for _ in range(inner_steps):
             loss = model(**inputs)["loss"]
             losses.append(loss.detach())
-            gradient = list(torch.autograd.grad(loss, params))
+            gradient = list(torch.autograd.grad(loss, params, materialize_grads=True))
             perturbation.ascend(gradient, epsilon / torch.nn.utils.get_total_norm(gradient))
         with torch.no_grad():
             losses.append(model(**inputs)["loss"])

@@ -46,6 +46,13 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
                 "load the model with dtype=torch.float32 and set bf16=True or fp16=True in "
                 "TrainingArguments, which computes in half precision over float32 parameters."
             )
+    devices = {str(param.device): name for name, param in trainable.items()}
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"The perturbed parameters lie on several devices ({where}): load the model without a "
+            "device_map that splits it, or choose parameters on one device by AMPConfig.perturb."
+        )
     sparse = {
         id(module.weight): name
         for name, module in model.named_modules()

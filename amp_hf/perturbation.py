@@ -60,7 +60,7 @@ def project(
 
 
 def joint_empty_like(params: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialized tensors of the shapes and strides of `params`, side by side in one block."""
+    """`torch.empty_like` of each, side by side in one block of memory."""
     sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for param in params:
         sizes[param.device, param.dtype] += param.numel()
@@ -69,7 +69,9 @@ def joint_empty_like(params: Sequence[Tensor]) -> list[Tensor]:
     for param in params:
         kind = param.device, param.dtype
         tensor, blocks[kind] = blocks[kind].tensor_split([param.numel()])
-        tensors.append(tensor.as_strided(param.shape, param.stride()))
+        # Dense strides: those of a parameter that is a slice of something would overlap.
+        stride = torch.empty_like(param, device="meta").stride()
+        tensors.append(tensor.as_strided(param.shape, stride))
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""State that a further forward pass must not disturb: random generators and norm buffers."""
+"""State that a further pass must not disturb: generators, norm buffers, accumulated gradients."""
 
 from __future__ import annotations
 
@@ -46,3 +46,16 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def gradients_set_aside(params: list[nn.Parameter]) -> Iterator[None]:
+    """The accumulated gradients are afterwards what they were; inside, there are none at first."""
+    accumulated = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, gradient in zip(params, accumulated):
+            param.grad = gradient

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from .config import AMPConfig
 from .engine import loss_scale, resolve_scope, unsynchronized
 from .parameters import perturbed_parameters
 from .perturbation import Perturbation, joint_empty_like
-from .statistics import norm_buffers, preserved_buffers, preserved_rng
+from .statistics import gradients_set_aside, norm_buffers, preserved_buffers, preserved_rng
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class AMPTrainerMixin(_Parent):
     _window: list
     _perturbation: Perturbation
     _delta_norm: Tensor
+    _loss_is_share: bool | None  # see `_is_share`; found out once a run
     _clean_losses: list[Tensor]  # at θ, of the micro-batches that Δ holds for and that are to come
 
     # Sums over the perturbed steps of a run since its last log.
@@ -82,12 +83,13 @@ class AMPTrainerMixin(_Parent):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
         self._found_in = None
+        self._loss_is_share = None
         self._start_window([])
         super().__init__(*args, **kwargs)
         self._start_statistics()
         if self.amp_config.epsilon > 0:
             resolve_scope(self.amp_config, self.accelerator, self.args)
-            self._find_parameters()
+            perturbed_parameters(self.model, self.amp_config.perturb)  # for its refusals
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -95,6 +97,7 @@ class AMPTrainerMixin(_Parent):
         if resume_from_checkpoint:
             self._compare_with_checkpoint(resume_from_checkpoint)
         self._found_in = None
+        self._loss_is_share = None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -138,9 +141,9 @@ class AMPTrainerMixin(_Parent):
             self._start_statistics()
         share = 1 / max(1, len(self._window))
         self._perturbed_steps += share
-        self._sums = self._sums + torch.stack(
-            [loss, loss - clean_loss, (self._delta_norm * share).to(loss.dtype)]
-        )
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        values = (loss, loss - clean_loss, self._delta_norm * share)
+        self._sums = self._sums + torch.stack([value.to(dtype) for value in values])
         return clean_loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -167,71 +170,120 @@ class AMPTrainerMixin(_Parent):
         """
         config = self.amp_config
         scope = resolve_scope(config, self.accelerator, self.args)
-        batches = self._window if scope == "batch" and self._window else [inputs]
-        alone = len(batches) < len(self._window)
-
-        # On its own, a micro-batch is a whole batch to the Trainer: Δ must not see the window.
-        num_items: Any = num_items_in_batch
-        scale: Any = 1
-        if alone:
-            num_items = self._count_items(batches)
-            scale = len(self._window) if num_items is None else num_items_in_batch / num_items
-        if config.ascent_fraction < 1:
-            batches = [self._sub_batch(batch) for batch in batches]
-            num_items = self._count_items(batches)
+        window = len(self._window)
+        batches = self._window if scope == "batch" and window else [inputs]
+        alone = len(batches) < window
 
         if self._found_in is not self.model:
             self._find_parameters()
         trainable = _trainable(self._parameters)
         perturbed = _trainable(self._perturbed)
+        if not perturbed:  # a callback froze them
+            perturbed_parameters(self.model, config.perturb)
+        if window > 1 and self._loss_is_share is None:
+            self._loss_is_share = self._is_share(model, inputs, num_items_in_batch, trainable)
+
+        # On its own, a micro-batch is a whole batch to the Trainer: Δ must not see the window.
+        num_items: Any = num_items_in_batch
+        scale: Any = 1
+        rate = config.inner_lr / loss_scale(self.accelerator)
+        if alone:
+            num_items = self._count_items(batches)
+            if self._loss_is_share is not False:
+                scale = window if num_items is None else num_items_in_batch / num_items
+        elif self._loss_is_share is False:
+            rate = rate / window
+        if config.ascent_fraction < 1:
+            batches = [self._sub_batch(batch) for batch in batches]
+            num_items = self._count_items(batches)
+
         self._perturbation = Perturbation(perturbed, config.epsilon, config.ball)
         clean_losses: list[Tensor] = []
         for ascent in range(config.inner_steps):
             with (
                 preserved_rng(self.args.device),
                 self._norm_stats_kept() if ascent else contextlib.nullcontext(),
-                self._accumulating_alone() if alone else contextlib.nullcontext(),
+                self._accumulating(1) if alone else contextlib.nullcontext(),
                 unsynchronized(self.accelerator, model),
-                _gradients_set_aside(trainable),
+                gradients_set_aside(trainable),
             ):
-                gradient = self._zero_gradient(perturbed, holds_theta=ascent > 0)
+                memory = self._zeros(perturbed, fresh=ascent > 0)  # θ is in the last one's
+                for param, zeros in zip(perturbed, memory):
+                    param.grad = zeros
                 for batch in batches:
                     # A copy, because computing the loss may take the labels out.
                     loss = super().training_step(model, copy.copy(batch), num_items)
                     if ascent == 0:
                         clean_losses.append(loss / scale)
-            rate = config.inner_lr / loss_scale(self.accelerator)
+                gradient = [
+                    zeros if param.grad is None else param.grad
+                    for param, zeros in zip(perturbed, memory)
+                ]
             self._delta_norm = self._perturbation.ascend(gradient, rate)
         self._clean_losses = clean_losses
 
+    def _is_share(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        num_items: Tensor | int | None,
+        trainable: list[nn.Parameter],
+    ) -> bool | None:
+        """Whether a micro-batch's loss is its share of the window's: half as much in one of twice.
+
+        Some models (BERT's for sequences, say) and loss functions are given `num_items_in_batch`
+        and return the micro-batch's own mean all the same; the Trainer then adds up means. `None`
+        where a loss of zero does not tell.
+        """
+        if num_items is None and self.compute_loss_func is None and not self.loss_is_scaled_for_ga:
+            return True  # the Trainer divides it
+        losses = []
+        for size in (1, 2):
+            with (
+                preserved_rng(self.args.device),
+                preserved_buffers(self._norm_buffers),
+                self._accumulating(size),
+                unsynchronized(self.accelerator, model),
+                gradients_set_aside(trainable),
+            ):
+                count = None if num_items is None else num_items * size
+                losses.append(super().training_step(model, copy.copy(batch), count))
+        ratio = (losses[1] / losses[0]).item()
+        return ratio < 0.75 if math.isfinite(ratio) else None
+
     def _find_parameters(self) -> None:
         self._perturbed = perturbed_parameters(self.model, self.amp_config.perturb)
-        self._parameters = list(self.model.parameters())
+        # A loss function may have some that are not the model's.
+        groups = self.optimizer.param_groups if self.optimizer else []
+        optimized = [param for group in groups for param in group["params"]]
+        self._parameters = list(dict.fromkeys([*self.model.parameters(), *optimized]))
         self._norm_buffers = norm_buffers(self.model)
         self._memory = {}
         self._found_in = self.model
 
-    def _zero_gradient(self, params: list[nn.Parameter], holds_theta: bool) -> list[Tensor]:
-        """Gives `params` zeros to accumulate an ascent's gradient in.
+    def _zeros(self, params: list[nn.Parameter], fresh: bool) -> list[Tensor]:
+        """Zeros shaped like `params`, in memory that is kept from step to step.
 
-        They are kept from step to step: a CPU would map fresh memory page by page in every step.
+        A CPU would otherwise map it in again, page by page, in every step.
         """
-        if holds_theta or any(param not in self._memory for param in params):
+        if fresh or any(param not in self._memory for param in params):
             self._memory = dict(zip(params, joint_empty_like(params)))
-        gradient = [self._memory[param] for param in params]
-        torch._foreach_zero_(gradient)
-        for param, zeros in zip(params, gradient):
-            param.grad = zeros
-        return gradient
+        zeros = [self._memory[param] for param in params]
+        torch._foreach_zero_(zeros)
+        return zeros
 
-    def _count_items(self, batches: list) -> Tensor | int | None:
-        """`num_items_in_batch` as the parent counts it, were `batches` the whole window."""
-        return super().get_batch_samples(iter(batches), len(batches), self.args.device)[1]
+    def _count_items(self, batches: list) -> Tensor | None:
+        """`num_items_in_batch` as the parent counts it, were `batches` the whole window; >= 1."""
+        count = super().get_batch_samples(iter(batches), len(batches), self.args.device)[1]
+        return None if count is None else torch.as_tensor(count).clamp(min=1)
 
     def _sub_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The first `ascent_fraction` of the samples (which come shuffled), at least one."""
+        """The first `ascent_fraction` of the samples (which come shuffled).
+
+        At least two: BatchNorm cannot do with one.
+        """
         size = find_batch_size(batch)
-        share = max(1, round(size * self.amp_config.ascent_fraction))
+        share = max(2, round(size * self.amp_config.ascent_fraction))
         return recursively_apply(
             lambda tensor: tensor[:share] if tensor.ndim and len(tensor) == size else tensor, batch
         )
@@ -243,10 +295,10 @@ class AMPTrainerMixin(_Parent):
         return preserved_buffers(self._norm_buffers)
 
     @contextlib.contextmanager
-    def _accumulating_alone(self) -> Iterator[None]:
-        """The Trainer divides a loss by the number of micro-batches: inside, there is one."""
+    def _accumulating(self, micro_batches: int) -> Iterator[None]:
+        """The Trainer divides a loss by the number of micro-batches: inside, it is this one."""
         steps = self.current_gradient_accumulation_steps
-        self.current_gradient_accumulation_steps = 1
+        self.current_gradient_accumulation_steps = micro_batches
         try:
             yield
         finally:
@@ -269,15 +321,7 @@ class AMPTrainerMixin(_Parent):
         path = os.path.join(folder or "", AMP_CONFIG_NAME)
         if not os.path.isfile(path):
             return
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-        here = self.amp_config.to_dict()
-        changes = [
-            f"{name} was {saved.get(name)!r} and is {here.get(name)!r}"
-            for name in sorted(saved | here)
-            if saved.get(name) != here.get(name)
-        ]
-        if changes:
+        if changes := self.amp_config.changes_since(path):
             logger.warning(
                 f"Resuming {folder} with a different AMPConfig than it was trained with: "
                 f"{'; '.join(changes)}."
@@ -290,16 +334,3 @@ class AMPTrainer(AMPTrainerMixin, Trainer):
 
 def _trainable(params: list[nn.Parameter]) -> list[nn.Parameter]:
     return [param for param in params if param.requires_grad]
-
-
-@contextlib.contextmanager
-def _gradients_set_aside(params: list[nn.Parameter]) -> Iterator[None]:
-    """The accumulated gradients are afterwards what they were; inside, there are none at first."""
-    accumulated = [param.grad for param in params]
-    for param in params:
-        param.grad = None
-    try:
-        yield
-    finally:
-        for param, gradient in zip(params, accumulated):
-            param.grad = gradient

@@ -5,7 +5,7 @@ import reference
 import torch
 from support import LiveBytes
 
-from amp_hf.perturbation import Perturbation, project
+from amp_hf.perturbation import Perturbation, joint_empty_like, project
 
 BALLS = ["global", "tensor", "relative"]
 FOREACH = [name for name in dir(torch) if name.startswith("_foreach_")]
@@ -219,3 +219,20 @@ def test_a_perturbation_takes_one_copy_of_the_parameters_and_the_largest_while_t
         assert memory.peak <= largest + slack
         assert sum(memory.sizes.values()) <= slack
         assert memory.peak >= largest or act == perturbation.restore  # it does measure
+
+
+def test_joint_memory_is_that_of_empty_like_and_no_two_tensors_share_any_of_it():
+    image = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    params = [torch.zeros(8)[::2], torch.zeros(3, 9)[:, :5], image, torch.zeros(2, 3).T]
+    params += [torch.zeros(()), torch.zeros(5, dtype=torch.float64)]
+    joint = joint_empty_like(params)
+    for i, tensor in enumerate(joint):
+        tensor.fill_(i)
+    for i, (tensor, param) in enumerate(zip(joint, params, strict=True)):
+        like = torch.empty_like(param)
+        assert (tensor.shape, tensor.stride(), tensor.dtype) == (
+            like.shape,
+            like.stride(),
+            like.dtype,
+        )
+        assert (tensor == i).all()

@@ -27,8 +27,11 @@ from support import (
     mean,
     mean_loss,
     mlp_loss,
+    on,
     outcome,
+    padded,
     recorded,
+    strokes,
     train,
     train_language_model,
     trainer_for,
@@ -40,6 +43,7 @@ from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
 from amp_hf.engine import resolve_scope
+from amp_hf.parameters import perturbed_parameters
 
 BALLS = ["global", "tensor", "relative"]
 SCOPES = ["micro_batch", "batch"]
@@ -534,3 +538,154 @@ def test_with_lora_only_the_adapters_are_displaced_and_trained(tmp_path):
     assert all("lora_" in name for name in moved)
     assert displaced == moved
     assert logged(trainer, "amp/delta_norm") == pytest.approx([0.01] * 2, rel=1e-6)
+
+
+# Losses and models that do as they like
+
+
+class Uncounted(MLP):
+    """Takes the number of items in the window, as BERT does, and returns its own mean."""
+
+    def forward(self, pixels, labels=None, **kwargs):
+        return super().forward(pixels, labels)
+
+
+class UncountedTrainer(AMPTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_loss_func=self.own_mean, **kwargs)
+
+    @staticmethod
+    def own_mean(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"], labels)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("net, cls", [(Uncounted, AMPTrainer), (MLP, UncountedTrainer)])
+def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_delta_is_the_same(
+    tmp_path, net, cls, scope
+):
+    def run(net, cls, epsilon=100.0):
+        # A small network has gradients inside of this ball.
+        config = always(epsilon=epsilon, scope=scope)
+        options = dict(gradient_accumulation_steps=4, learning_rate=0.0, max_steps=4)
+        return train(make(net), tmp_path, config, cls=cls, **options)
+
+    divided, own = run(MLP, AMPTrainer), run(net, cls)
+    assert logged(own, "loss") == logged(run(net, cls, epsilon=0.0), "loss")
+    assert logged(own, "amp/delta_norm") == pytest.approx(logged(divided, "amp/delta_norm"))
+    # The Trainer adds the means up.
+    for key in ("loss", "amp/loss", "amp/sharpness"):
+        fourfold = [4 * value for value in logged(divided, key)]
+        assert logged(own, key) == pytest.approx(fourfold, rel=1e-3)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_micro_batch_without_a_label_adds_nothing(tmp_path, scope):
+    samples = strokes()[:16]
+    hidden = [{"input_ids": s["input_ids"], "hide": i % 4 >= 2} for i, s in enumerate(samples)]
+
+    def collate(rows):
+        batch = padded([{"input_ids": row["input_ids"]} for row in rows])
+        for labels, row in zip(batch["labels"], rows, strict=True):
+            labels[...] = -100 if row["hide"] else labels
+        return batch
+
+    runs = []
+    for config in (always(scope=scope), AMPConfig(epsilon=0.0)):
+        trainer = trainer_for(
+            make(lambda: language_model(dropout=0.0)),
+            tmp_path,
+            config,
+            data=hidden,
+            trainer={"data_collator": collate},
+            learning_rate=0.0,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+        )
+        trainer.train()
+        runs.append(trainer)
+    assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-3)
+    assert all(math.isfinite(value) for value in logged(runs[0], "amp/sharpness"))
+
+
+class ForgetfulTrainer(Trainer):
+    """Wipes gradients in its step, as published two-pass trainers do."""
+
+    def training_step(self, model, *args, **kwargs):
+        model.zero_grad()
+        return super().training_step(model, *args, **kwargs)
+
+
+class ForgetfulAMPTrainer(AMPTrainerMixin, ForgetfulTrainer):
+    pass
+
+
+def test_a_trainer_that_wipes_gradients_in_its_step_is_perturbed_as_any_other(tmp_path):
+    trainer = train(make(), tmp_path, always(), cls=ForgetfulAMPTrainer)
+    plain = train(make(), tmp_path, always())
+    assert logged(trainer, "amp/delta_norm") == pytest.approx([0.1] * 8)
+    assert not differing(weights(trainer.model), weights(plain.model))
+
+
+def test_a_parameter_of_the_loss_function_gets_the_outer_gradient_alone(tmp_path):
+    def run(config):
+        centre = nn.Parameter(torch.zeros(10))
+
+        def loss_func(outputs, labels, num_items_in_batch=None):
+            return F.cross_entropy(outputs["logits"] - centre, labels)
+
+        model = make()
+        sgd = torch.optim.SGD([*model.parameters(), centre], lr=0.1)
+        own = {"compute_loss_func": loss_func, "optimizers": (sgd, None)}
+        train(model, tmp_path, config, trainer=own, max_steps=3)
+        return centre.detach()
+
+    torch.testing.assert_close(run(always(epsilon=1e-7)), run(AMPConfig(epsilon=0.0)))
+
+
+def test_means_over_many_steps_are_exact_where_the_loss_is_bf16(tmp_path):
+    class Half(MLP):
+        def forward(self, pixels, labels=None):
+            out = super().forward(pixels, labels)
+            return out | {"loss": out["loss"].bfloat16()}
+
+    trainer = train(make(Half), tmp_path, always(), max_steps=300, logging_steps=300)
+    assert logged(trainer, "amp/delta_norm") == pytest.approx([0.1], rel=1e-4)
+
+
+def test_freezing_all_that_is_perturbed_stops_with_one_line(tmp_path):
+    model = make()
+
+    def freeze(event, state, control):
+        if state.global_step == 2:
+            model.fc2.requires_grad_(False)
+
+    trainer = {"callbacks": [on(["on_step_begin"], freeze)]}
+    with pytest.raises(ValueError, match="perturb='fc2' matches no trainable parameter"):
+        train(model, tmp_path, always(perturb="fc2"), trainer=trainer)
+
+
+def test_a_last_batch_of_few_samples_still_has_two_for_batch_norm(tmp_path):
+    data = digits()[:19]  # a batch of 16 and one of 3
+    trainer = train(make(ConvNet), tmp_path, always(ascent_fraction=0.25), data=data, max_steps=4)
+    assert len(logged(trainer, "amp/loss")) == 4
+
+
+def test_a_checkpoint_with_a_broken_config_is_resumed_with_a_warning(tmp_path, caplog):
+    train(make(), tmp_path, always(), max_steps=2, save_strategy="steps", save_steps=2)
+    (tmp_path / "checkpoint-2" / "amp_config.json").write_text("{")
+    trainer = trainer_for(make(), tmp_path, always(), max_steps=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert "amp_config.json is not JSON" in caplog.text
+
+
+def test_parameters_on_several_devices_are_refused():
+    model = make()
+    model.fc2.to("meta")
+    with pytest.raises(ValueError, match=r"several devices \(fc1.bias on cpu, fc2.bias on meta\)"):
+        perturbed_parameters(model, "all")
+    assert len(perturbed_parameters(model, "fc1")) == 2
