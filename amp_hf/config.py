@@ -51,7 +51,7 @@ class AMPConfig:
         },
     )
     ascent_start: float = field(
-        default=0.7,
+        default=0.85,
         metadata={"help": "Fraction of the training steps, in [0, 1), before the first ascent."},
     )
     ascent_every: int = field(

@@ -8,12 +8,14 @@ file (the first argument), which later arguments override.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
@@ -70,10 +72,35 @@ class ImageArguments:
         for name in ("image_size", "max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.cutout < 0:
+            raise ValueError(f"--cutout must be at least 0, got {self.cutout}.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"--validation_fraction must be in [0, 1), got {self.validation_fraction}."
             )
+
+
+_NUMBER = "number of the image"
+
+# For fine-tuning; the recipes add what is their dataset's own.
+_DEFAULTS: dict[str, Any] = dict(
+    image_size=128,
+    num_train_epochs=10,
+    learning_rate=0.01,
+    per_device_train_batch_size=128,
+    per_device_eval_batch_size=256,
+    optim="sgd",
+    optim_args="momentum=0.9,nesterov=true",
+    weight_decay=5e-4,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.05,
+    max_grad_norm=0.0,
+    logging_steps=50,
+    save_strategy="epoch",
+    save_total_limit=2,
+    dataloader_pin_memory=torch.cuda.is_available(),
+)
+_FROM_SCRATCH_DEFAULTS: dict[str, Any] = dict(image_size=32, learning_rate=0.1)
 
 
 def main(
@@ -92,17 +119,21 @@ def main(
     Returns:
         What `all_results.json` holds.
 
-    Exits with 2 and one line where the arguments or the data are wrong.
+    Exits with one line, and 2 where the arguments or the data are wrong, 1 where a result is NaN.
     """
     try:
         images, args, amp_config = parse(defaults, from_scratch_defaults, description, argv)
         trainer, test = build(images, args, amp_config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         _exit(error)
     try:
-        return _train_and_evaluate(trainer, test)
+        results = _train_and_evaluate(trainer, test)
     except ImageDecodeError as error:  # from a dataloader's worker, with its traceback inside
         _exit(error)
+    if not all(math.isfinite(value) for value in results.values()):
+        print("The training diverged: lower --learning_rate or --epsilon.", file=sys.stderr)
+        sys.exit(1)
+    return results
 
 
 def parse(
@@ -121,12 +152,11 @@ def parse(
         description=description,
         usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
     )
-    parser.set_defaults(
-        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), **defaults
-    )
+    parser.set_defaults(**_DEFAULTS | defaults)
     if parser.parse_known_args(argv)[0].from_scratch:
-        parser.set_defaults(**from_scratch_defaults)
+        parser.set_defaults(**_FROM_SCRATCH_DEFAULTS | from_scratch_defaults)
     images, args, amp_config = parser.parse_args_into_dataclasses(argv)
+    args.remove_unused_columns = False  # an `ImageDataset` has none
     return images, args, amp_config
 
 
@@ -159,10 +189,16 @@ def build(
         splits, image_column, label_column = load_images(
             images.dataset, images.image_column, images.label_column
         )
+    # With their numbers, which messages about single images give.
+    splits = splits.select_columns([image_column, label_column])
+    splits = {name: rows.add_column(_NUMBER, np.arange(len(rows))) for name, rows in splits.items()}
     if "train" not in splits:
         raise ValueError(f"Dataset {images.dataset!r} has no split 'train', only {list(splits)}.")
     train = splits["train"]
     validation, test = splits.get("validation"), splits.get("test")
+    if test is not None and set(test[label_column]) <= {-1, None}:
+        print("The test split has no labels: there will be no test results.")
+        test = None
     if images.validation_fraction:
         parts = train.train_test_split(
             images.validation_fraction, stratify_by_column=label_column, seed=args.seed
@@ -175,28 +211,37 @@ def build(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     geometry, mean, std = preprocessing(model)
 
-    def dataset(rows: Any, limit: int | None, transform: Any, name: str) -> ImageDataset | None:
-        if rows is None:
-            return None
+    def dataset(rows: Any, limit: int | None, transform: Any, name: str) -> ImageDataset:
         if limit is not None and limit < len(rows):
             rows = rows.shuffle(seed=args.seed).select(range(limit))
         return ImageDataset(
-            rows, image_column, label_column, geometry, transform, seed=args.seed, progress=name
+            rows,
+            image_column,
+            label_column,
+            geometry,
+            transform,
+            seed=args.seed,
+            progress=name,
+            numbers=rows[_NUMBER][:],
         )
 
     augment = train_transform(images.augment, mean, std, images.cutout, images.auto_augment)
     plain = eval_transform(mean, std)
+    train_dataset = dataset(train, images.max_train_samples, augment, "train")
+    if len(train_dataset) % args.train_batch_size == 1 < len(train_dataset):
+        args.dataloader_drop_last = True  # BatchNorm cannot do with a batch of one
     trainer = AMPTrainer(
         model=model,
         args=args,
         amp_config=amp_config,
         data_collator=as_is,
-        train_dataset=dataset(train, images.max_train_samples, augment, "train"),
-        eval_dataset=dataset(validation, images.max_eval_samples, plain, "validation"),
+        train_dataset=train_dataset,
+        eval_dataset=validation
+        and dataset(validation, images.max_eval_samples, plain, "validation"),
         compute_metrics=compute_metrics,
         callbacks=[EpochCallback()],
     )
-    return trainer, dataset(test, images.max_eval_samples, plain, "test")
+    return trainer, test and dataset(test, images.max_eval_samples, plain, "test")
 
 
 def _check_writable(folder: str) -> None:

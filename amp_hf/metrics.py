@@ -69,6 +69,8 @@ class ExpectedCalibrationError(_LogitsMetric):
         probs = np.exp(_log_softmax(predictions))
         confidence = probs.max(1)
         correct = np.argmax(predictions, 1) == np.asarray(references)
+        if np.isnan(confidence).any():
+            return {"ece": float("nan")}
         # Bin m is ((m-1)/M, m/M].
         bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
         gaps = np.bincount(bins, weights=correct - confidence, minlength=n_bins)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize, ToTensor, v2
 from tqdm.auto import tqdm
 from transformers import (
+    PreTrainedConfig,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperImageProcessor,
@@ -51,43 +52,35 @@ def load_images(
     try:
         splits = datasets.load_dataset(name)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise ValueError(
             f"Dataset {name!r} could not be loaded ({reason}). Pass --dataset a local folder of "
             "parquet files or of images; recipes/train_digits.py needs no download at all."
         ) from error
     features = next(iter(splits.values())).features
-    image_column = _column(
-        name, features, "image", image_column, lambda f: isinstance(f, datasets.Image)
-    )
-    label_column = _column(
-        name,
-        features,
-        "label",
-        label_column,
-        lambda f: isinstance(f, datasets.ClassLabel),
-        fallback=("label", "labels"),
-    )
+    image_column = _column(name, features, "image", image_column, datasets.Image)
+    label_column = _column(name, features, "label", label_column, datasets.ClassLabel)
     if not isinstance(features[label_column], datasets.ClassLabel):
-        names = sorted({value for split in splits.values() for value in split.unique(label_column)})
+        values = {value for split in splits.values() for value in split.unique(label_column)}
+        names = sorted(values - {None})
         index = {value: i for i, value in enumerate(names)}
-        splits = splits.map(lambda row: {label_column: index[row[label_column]]})
+        splits = splits.map(lambda row: {label_column: index.get(row[label_column])})
         label = datasets.ClassLabel(names=[str(value) for value in names])
         splits = splits.cast_column(label_column, label)
     return splits, image_column, label_column
 
 
 def _column(
-    dataset: str,
-    features: datasets.Features,
-    kind: str,
-    wanted: str | None,
-    fits: Callable[[Any], bool],
-    fallback: tuple[str, ...] = (),
+    dataset: str, features: datasets.Features, kind: str, wanted: str | None, feature: type
 ) -> str:
-    named = [wanted] if wanted else [column for column in features if fits(features[column])]
-    for column in (*named, *(() if wanted else fallback)):
-        if column in features:
+    """The column that is `wanted`, or else the first one of type `feature`."""
+    named = [wanted] if wanted else [c for c in features if isinstance(features[c], feature)]
+    types: tuple[type, ...] = (feature,)
+    if kind == "label":  # plain numbers and strings become classes
+        types += (datasets.Value,)
+        named += [] if wanted else ["label", "labels"]
+    for column in named:
+        if column in features and isinstance(features[column], types):
             return column
     raise ValueError(
         f"Dataset {dataset!r} has no {kind} column{f' {wanted!r}' if wanted else ''}; it has "
@@ -109,6 +102,10 @@ class ImageDataset(torch.utils.data.Dataset):
         geometry: brings a decoded RGB PIL image to its final size.
         transform: brings a uint8 batch to the model's input.
         progress: what the progress bar says; `None` shows none.
+        numbers: of the rows in the dataset they come from, for error messages.
+
+    Raises:
+        ValueError: a label is none of the label column's classes.
     """
 
     def __init__(
@@ -120,7 +117,16 @@ class ImageDataset(torch.utils.data.Dataset):
         transform: nn.Module,
         seed: int = 0,
         progress: str | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
+        self.numbers = range(len(rows)) if numbers is None else numbers
+        classes = rows.features[label_column].num_classes
+        for number, label in zip(self.numbers, rows[label_column]):
+            if label is None or not 0 <= label < classes:
+                raise ValueError(
+                    f"Label {label} of image {number} is none of the {classes} classes of column "
+                    f"{label_column!r}: leave the unlabeled images out of the dataset."
+                )
         self.rows = rows.select_columns([image_column]).cast_column(
             image_column, datasets.Image(mode="RGB")
         )
@@ -129,7 +135,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.geometry = geometry
         self.transform = transform
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may live on
         self._pixels: Tensor | None = None
         first = self._decode(0)
         if first.numel() * len(rows) <= IN_MEMORY_BYTES:
@@ -138,6 +144,14 @@ class ImageDataset(torch.utils.data.Dataset):
             hidden = None if progress else True
             for i in tqdm(range(len(rows)), desc=f"Decoding {progress}", disable=hidden):
                 self._pixels[i] = self._decode(i)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,7 +175,8 @@ class ImageDataset(torch.utils.data.Dataset):
             return v2.functional.pil_to_tensor(self.geometry(self.rows[index][self.image_column]))
         except Exception as error:
             raise ImageDecodeError(
-                f"Image {index} of column {self.image_column!r} cannot be decoded: {error}"
+                f"Image {self.numbers[index]} of column {self.image_column!r} cannot be decoded: "
+                f"{error}"
             ) from error
 
 
@@ -192,6 +207,13 @@ def build_model(
             a saved model has another head.
     """
     if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")) or (
+            PreTrainedConfig.get_config_dict(name)[0].get("model_type") != "timm_wrapper"
+        ):
+            raise ValueError(
+                f"--model {name} is a folder without a saved timm model: its config.json must be "
+                "that of a TimmWrapper, as these recipes save it."
+            )
         model = TimmWrapperForImageClassification.from_pretrained(name, dtype=torch.float32)
         model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
         saved = [str(label) for label in (model.config.id2label or {}).values()]
@@ -246,9 +268,9 @@ def _timm_model(
             raise _too_small(name, image_size, error) from error
         raise ValueError(
             f"The pretrained weights of {name!r} could not be loaded "
-            f"({str(error).splitlines()[0]}). Pass --from_scratch, or --model a local folder."
+            f"({_first_line(error)}). Pass --from_scratch, or --model a local folder."
         ) from error
-    except AssertionError as error:
+    except (AssertionError, ArithmeticError, IndexError) as error:
         raise _too_small(name, image_size, error) from error
     settings: dict[str, Any] = dict(
         architecture=architecture.partition(".")[0],
@@ -276,12 +298,16 @@ def _try_forward(model: nn.Module, name: str, image_size: int) -> None:
     try:
         with torch.no_grad():
             model(torch.zeros(2, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, ArithmeticError, IndexError) as error:
         raise _too_small(name, image_size, error) from error
 
 
 def _too_small(name: str, image_size: int, error: Exception) -> ValueError:
     return ValueError(
         f"{name!r} does not work on images of {image_size}x{image_size} pixels "
-        f"({str(error).splitlines()[0]}): raise --image_size or take another --model."
+        f"({_first_line(error)}): raise --image_size or take another --model."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

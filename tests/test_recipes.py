@@ -91,6 +91,7 @@ def test_every_amp_field_is_an_argument(tmp_path):
 def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tmp_path, data):
     """Resumed after one epoch of two, against two epochs in one go."""
     common = [*SMALL.split(), "--dataset", data, "--ascent_start=0.25", "--logging_steps=1"]
+    common += ["--per_device_train_batch_size=8", "--learning_rate=0.01"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         main({}, {}, None, [*common, "--output_dir", str(folder), "--save_strategy=epoch"])
@@ -123,11 +124,19 @@ BAD = {
     "--resume_from_checkpoint=true": "--resume_from_checkpoint true: no checkpoint there",
     "--resume_from_checkpoint=no/such": "--resume_from_checkpoint no/such: no checkpoint there",
     "--label_column=nope": "has no label column 'nope'; it has img, label",
+    "--label_column=img": "has no label column 'img'; it has img, label",
+    "--image_column=label": "has no image column 'label'; it has img, label",
+    "--cutout=-4": "--cutout must be at least 0, got -4.",
+    "--model=recipes": "--model recipes is a folder without a saved timm model",
+    "--report_to=clearml": "requires 'clearml' to be installed",
 }
 
 
 @pytest.mark.parametrize("argument", BAD)
-def test_bad_input_ends_with_one_line_that_says_what_to_do(tmp_path, data, capsys, argument):
+def test_bad_input_ends_with_one_line_that_says_what_to_do(
+    tmp_path, data, capsys, monkeypatch, argument
+):
+    monkeypatch.chdir(RECIPES.parent)
     good = [*SMALL.split(), "--model=vit_tiny_patch16_224", "--dataset", data]
     with pytest.raises(SystemExit) as exit:
         main({}, {}, None, [*good, "--output_dir", str(tmp_path), argument])
@@ -151,6 +160,75 @@ def test_an_image_that_a_worker_cannot_decode_ends_with_one_line(tmp_path, monke
     assert exit.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert ": error: Image 13 of column 'img' cannot be decoded: " in last
+
+
+def spoiled(folder, split, spoil):
+    """A folder of 64 training and 16 test images, `spoil(cells)` having been at one split."""
+    for name, (start, stop) in {"train": (0, 64), "test": (64, 80)}.items():
+        data = rows(start, stop).cast_column("img", datasets.Image(decode=False))
+        cells = data[:]
+        if name == split:
+            spoil(cells)
+        made = datasets.Dataset.from_dict(cells, rows(0, 1).features)
+        made.to_parquet(folder / f"{name}.parquet")
+    return ["--dataset", str(folder), "--output_dir", str(folder / "out")]
+
+
+def failure(capsys, *argv):
+    """The exit code of the recipe, and the last line it prints."""
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, [*SMALL.split(), *argv])
+    return exit.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_broken_image_is_named_by_its_number_in_the_dataset_also_among_chosen_ones(
+    tmp_path, capsys
+):
+    def spoil(cells):
+        cells["img"][13] = {"bytes": b"\x89PNG\r\n broken", "path": None}
+
+    argv = spoiled(tmp_path, "train", spoil)
+    chosen = ["--max_train_samples=50", "--validation_fraction=0.2", "--seed=3"]
+    code, line = failure(capsys, *argv, *chosen)
+    assert code == 2 and ": error: Image 13 of column 'img' cannot be decoded: " in line
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_an_unlabeled_image_is_named_by_its_number(tmp_path, capsys, label):
+    argv = spoiled(tmp_path, "train", lambda cells: cells["label"].__setitem__(13, label))
+    code, line = failure(capsys, *argv)
+    assert code == 2 and f"Label {label} of image 13 is none of the 10 classes" in line
+
+
+def test_without_labels_in_the_test_split_there_are_no_test_results(tmp_path, capsys):
+    argv = spoiled(tmp_path, "test", lambda cells: cells.__setitem__("label", [-1] * 16))
+    found = main({}, {}, None, [*SMALL.split(), *argv])
+    assert "The test split has no labels" in capsys.readouterr().out
+    assert "train_loss" in found and "test_accuracy" not in found
+
+
+def test_a_training_that_diverges_is_saved_and_ends_with_one_line(tmp_path, data, capsys):
+    argv = ["--dataset", data, "--output_dir", str(tmp_path), "--learning_rate=1e30"]
+    code, line = failure(capsys, *argv)
+    assert code == 1 and line.startswith("The training diverged: lower --learning_rate")
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_last_batch_of_one_image_is_dropped(tmp_path, data):
+    argv = ["--dataset", data, "--output_dir", str(tmp_path), "--max_train_samples=33"]
+    argv += ["--per_device_train_batch_size=16", "--remove_unused_columns=true"]
+    main({}, {}, None, [*SMALL.split(), *argv])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+
+
+@pytest.mark.parametrize("argument", ["--perturb=nope", "--output_dir=/dev/null/x", "--seeds=0"])
+def test_bad_input_to_the_digits_recipe_ends_with_one_line(argument):
+    command = [sys.executable, RECIPES / "train_digits.py", "--epochs=1", argument]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("train_digits.py: error: ")
 
 
 @pytest.mark.distributed

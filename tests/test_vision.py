@@ -172,17 +172,6 @@ def test_images_decoded_lazily_are_those_decoded_once(monkeypatch):
     )
 
 
-class Batches:
-    """A collator that keeps what it hands out."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, batch):
-        self.seen.append(batch["pixel_values"].clone())
-        return batch
-
-
 def augmented(seed=0):
     return image_dataset(transform=train_transform("objects", [0.5] * 3, [0.5] * 3), seed=seed)
 
@@ -221,31 +210,41 @@ def test_workers_give_the_batches_that_the_main_process_gives(tmp_path, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
-def test_each_epoch_has_augmentations_of_its_own(tmp_path):
-    collator, dataset = Batches(), augmented()
-    args = TrainingArguments(
-        str(tmp_path),
-        num_train_epochs=3,
-        per_device_train_batch_size=64,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    model = build_model(ARCHITECTURE, NAMES, 24, from_scratch=True)
-    epochs = []
-
-    class Record(EpochCallback):
-        def on_step_end(self, *args, **kwargs):
-            epochs.append(dataset.epoch)
-
-    trainer = Trainer(
-        model, args, data_collator=collator, train_dataset=dataset, callbacks=[Record()]
-    )
-    trainer.train()
-    assert epochs == [0, 1, 2]
+def test_each_epoch_has_augmentations_of_its_own_also_in_workers_that_live_on(tmp_path):
+    seen = {}
+    for workers in (0, 1):
+        args = TrainingArguments(
+            str(tmp_path),
+            num_train_epochs=3,
+            per_device_train_batch_size=64,
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        model = build_model(ARCHITECTURE, NAMES, 24, from_scratch=True)
+        images = seen[workers] = []
+        model.register_forward_pre_hook(
+            lambda model, args, kwargs, images=images: images.append(kwargs["pixel_values"]),
+            with_kwargs=True,
+        )
+        trainer = Trainer(
+            model,
+            args,
+            data_collator=as_is,
+            train_dataset=augmented(),
+            callbacks=[EpochCallback()],
+        )
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    # An epoch is a batch: in another order, but the images' sums would be the same.
+    sums = [images.sum((1, 2, 3)).sort().values for images in seen[0]]
+    assert len(sums) == 3
+    assert not torch.allclose(sums[0], sums[1]) and not torch.allclose(sums[1], sums[2])
 
 
 def test_grey_and_transparent_images_come_as_three_channels():
