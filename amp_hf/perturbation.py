@@ -78,10 +78,11 @@ def joint_empty_like(params: Sequence[Tensor]) -> list[Tensor]:
 class Perturbation:
     """The parameters at θ + Δ, and the way back to θ.
 
-    The tensors that bring the ascent direction in keep θ while the parameters are displaced, so a
-    perturbation takes the memory of one copy of the parameters, and of the largest of them while
-    the two change places. θ is copied, never recomputed, so `restore` is exact to the bit; it may
-    be called at any moment, also after an interrupt in the middle of any method here.
+    The tensors that bring the ascent direction in keep θ while the parameters are displaced, so an
+    ascent takes the memory of one copy of the parameters, and of the largest of them while the two
+    change places; a further one takes another copy until it has replaced the first. θ is copied,
+    never recomputed, so `restore` is exact to the bit; it may be called at any moment, also after
+    an interrupt in the middle of any method here.
     """
 
     def __init__(self, params: Sequence[Tensor], epsilon: float, ball: Ball) -> None:
