@@ -1,11 +1,14 @@
-"""Which parameters are perturbed."""
+"""Which parameters are perturbed, and what else of a model a perturbed step touches."""
 
 from __future__ import annotations
 
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .perturbation import joint_empty_like
+from .statistics import norm_buffers
 
 
 def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
@@ -65,3 +68,44 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
                 "build it with sparse=False, or leave it out by AMPConfig.perturb."
             )
     return list({id(param): param for param in chosen.values()}.values())
+
+
+class ModelTensors:
+    """What a perturbed step touches of `model`: parameters, gradients and running statistics.
+
+    Callbacks may freeze parameters and unfreeze them during training.
+    """
+
+    def __init__(
+        self, model: nn.Module, perturb: str, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self.model = model
+        self.norm_buffers = norm_buffers(model)
+        self._perturb = perturb
+        self._perturbed = perturbed_parameters(model, perturb)
+        # A loss function may have some that are not the model's.
+        optimized = (
+            [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+        )
+        self._all = list(dict.fromkeys([*model.parameters(), *optimized]))
+        self._memory: dict[nn.Parameter, Tensor] = {}  # of a gradient, then of Δ, then of θ
+
+    def trainable(self) -> list[nn.Parameter]:
+        """All that a backward pass gives a gradient."""
+        return [param for param in self._all if param.requires_grad]
+
+    def perturbed(self) -> list[nn.Parameter]:
+        """Those of them that are displaced. `ValueError` if there is none left."""
+        params = [param for param in self._perturbed if param.requires_grad]
+        return params or perturbed_parameters(self.model, self._perturb)
+
+    def zeros(self, params: list[nn.Parameter], fresh: bool) -> list[Tensor]:
+        """Zeros shaped like `params`, in memory that is kept from step to step unless `fresh`.
+
+        A CPU would otherwise map it in again, page by page, in every step.
+        """
+        if fresh or any(param not in self._memory for param in params):
+            self._memory = dict(zip(params, joint_empty_like(params)))
+        zeros = [self._memory[param] for param in params]
+        torch._foreach_zero_(zeros)
+        return zeros

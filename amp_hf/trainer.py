@@ -24,9 +24,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
 from .engine import loss_scale, resolve_scope, unsynchronized
-from .parameters import perturbed_parameters
-from .perturbation import Perturbation, joint_empty_like
-from .statistics import gradients_set_aside, norm_buffers, preserved_buffers, preserved_rng
+from .parameters import ModelTensors, perturbed_parameters
+from .perturbation import Perturbation
+from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +67,7 @@ class AMPTrainerMixin(_Parent):
     _sums: Tensor | float
     _perturbed_steps: float
 
-    # Of the model `_found_in`, frozen parameters included.
-    _found_in: nn.Module | None
-    _parameters: list[nn.Parameter]
-    _perturbed: list[nn.Parameter]
-    _norm_buffers: list[Tensor]
-    _memory: dict[nn.Parameter, Tensor]  # the ascent's gradient, then Δ, then θ
+    _tensors: ModelTensors | None
 
     # The Trainer's own.
     model: Any
@@ -82,7 +77,7 @@ class AMPTrainerMixin(_Parent):
         if not isinstance(amp_config, AMPConfig | None):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
-        self._found_in = None
+        self._tensors = None
         self._loss_is_share = None
         self._start_window([])
         super().__init__(*args, **kwargs)
@@ -96,14 +91,14 @@ class AMPTrainerMixin(_Parent):
     ) -> Any:
         if resume_from_checkpoint:
             self._compare_with_checkpoint(resume_from_checkpoint)
-        self._found_in = None
+        self._tensors = None
         self._loss_is_share = None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._perturbation.restore()  # where an interrupt hit the one in training_step
             self._start_window([])
-            self._memory = {}
+            self._tensors = None  # and the memory that it keeps
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -174,14 +169,12 @@ class AMPTrainerMixin(_Parent):
         batches = self._window if scope == "batch" and window else [inputs]
         alone = len(batches) < window
 
-        if self._found_in is not self.model:
-            self._find_parameters()
-        trainable = _trainable(self._parameters)
-        perturbed = _trainable(self._perturbed)
-        if not perturbed:  # a callback froze them
-            perturbed_parameters(self.model, config.perturb)
+        if self._tensors is None or self._tensors.model is not self.model:
+            self._tensors = ModelTensors(self.model, config.perturb, self.optimizer)
+        tensors = self._tensors
+        perturbed = tensors.perturbed()
         if window > 1 and self._loss_is_share is None:
-            self._loss_is_share = self._is_share(model, inputs, num_items_in_batch, trainable)
+            self._loss_is_share = self._is_share(model, inputs, num_items_in_batch, tensors)
 
         # On its own, a micro-batch is a whole batch to the Trainer: Δ must not see the window.
         num_items: Any = num_items_in_batch
@@ -205,9 +198,9 @@ class AMPTrainerMixin(_Parent):
                 self._norm_stats_kept() if ascent else contextlib.nullcontext(),
                 self._accumulating(1) if alone else contextlib.nullcontext(),
                 unsynchronized(self.accelerator, model),
-                gradients_set_aside(trainable),
+                gradients_set_aside(tensors.trainable()),
             ):
-                memory = self._zeros(perturbed, fresh=ascent > 0)  # θ is in the last one's
+                memory = tensors.zeros(perturbed, fresh=ascent > 0)  # θ is in the last one's
                 for param, zeros in zip(perturbed, memory):
                     param.grad = zeros
                 for batch in batches:
@@ -227,7 +220,7 @@ class AMPTrainerMixin(_Parent):
         model: nn.Module,
         batch: dict[str, Any],
         num_items: Tensor | int | None,
-        trainable: list[nn.Parameter],
+        tensors: ModelTensors,
     ) -> bool | None:
         """Whether a micro-batch's loss is its share of the window's: half as much in one of twice.
 
@@ -241,36 +234,16 @@ class AMPTrainerMixin(_Parent):
         for size in (1, 2):
             with (
                 preserved_rng(self.args.device),
-                preserved_buffers(self._norm_buffers),
+                preserved_buffers(tensors.norm_buffers),
                 self._accumulating(size),
                 unsynchronized(self.accelerator, model),
-                gradients_set_aside(trainable),
+                gradients_set_aside(tensors.trainable()),
             ):
                 count = None if num_items is None else num_items * size
                 losses.append(super().training_step(model, copy.copy(batch), count))
-        ratio = (losses[1] / losses[0]).item()
-        return ratio < 0.75 if math.isfinite(ratio) else None
-
-    def _find_parameters(self) -> None:
-        self._perturbed = perturbed_parameters(self.model, self.amp_config.perturb)
-        # A loss function may have some that are not the model's.
-        groups = self.optimizer.param_groups if self.optimizer else []
-        optimized = [param for group in groups for param in group["params"]]
-        self._parameters = list(dict.fromkeys([*self.model.parameters(), *optimized]))
-        self._norm_buffers = norm_buffers(self.model)
-        self._memory = {}
-        self._found_in = self.model
-
-    def _zeros(self, params: list[nn.Parameter], fresh: bool) -> list[Tensor]:
-        """Zeros shaped like `params`, in memory that is kept from step to step.
-
-        A CPU would otherwise map it in again, page by page, in every step.
-        """
-        if fresh or any(param not in self._memory for param in params):
-            self._memory = dict(zip(params, joint_empty_like(params)))
-        zeros = [self._memory[param] for param in params]
-        torch._foreach_zero_(zeros)
-        return zeros
+        # One answer for all ranks: further passes of one alone would leave the others waiting.
+        once, twice = self.accelerator.reduce(torch.stack(losses)).tolist()
+        return twice / once < 0.75 if once and math.isfinite(once) else None
 
     def _count_items(self, batches: list) -> Tensor | None:
         """`num_items_in_batch` as the parent counts it, were `batches` the whole window; >= 1."""
@@ -292,7 +265,8 @@ class AMPTrainerMixin(_Parent):
         """Around every pass that is not the clean one."""
         if self.amp_config.norm_stats == "both":
             return contextlib.nullcontext()
-        return preserved_buffers(self._norm_buffers)
+        assert self._tensors is not None  # there was an ascent
+        return preserved_buffers(self._tensors.norm_buffers)
 
     @contextlib.contextmanager
     def _accumulating(self, micro_batches: int) -> Iterator[None]:
@@ -330,7 +304,3 @@ class AMPTrainerMixin(_Parent):
 
 class AMPTrainer(AMPTrainerMixin, Trainer):
     """`transformers.Trainer` with Adversarial Model Perturbation: see `AMPTrainerMixin`."""
-
-
-def _trainable(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [param for param in params if param.requires_grad]
