@@ -25,6 +25,16 @@ class AMPConfig:
     equal to itself.
     """
 
+    # The defaults of epsilon and ascent_start come from runs of a small ResNet from scratch, n = 5
+    # seeds (README.md has commands and spreads). Differences to ERM at ε = 0.1, in points of test
+    # accuracy and in NLL:
+    #   ascent_start                                    0             0.7            0.85
+    #   CIFAR-10, 2,000 images, 60 epochs (overfits)    +0.67 −.287   +0.36 −.158    +0.03 −.040
+    #   GTSRB, 10,000 images, 5 epochs (short)          −13.3 +.401   −0.53 +.017    −0.08 +.004
+    #   CIFAR-10, 10,000 images, 5 epochs (short)                     −0.23 +.009     0.00 +.001
+    # What a schedule that overfits gains is what a short one loses, and other ε move along the same
+    # line (one seed of 0.05 from 0.7 and of 0.2 from 0.85 gained −.09 in NLL on the first and lost
+    # .4 and .3 points on the second). From 0.85 the short ones are level.
     epsilon: float = field(
         default=0.1,
         metadata={"help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer."},

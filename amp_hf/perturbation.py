@@ -52,8 +52,9 @@ def project(
     shrink = torch.where(norms > radii, radii / norms, 1.0)
 
     finite = norms.isfinite().all()
-    for tensor in delta:
-        tensor.nan_to_num_(0.0, 0.0, 0.0)  # 0 * inf would be NaN
+    if not (finite.is_cpu and finite):  # elsewhere, looking at it would wait for the device
+        for tensor in delta:
+            tensor.nan_to_num_(0.0, 0.0, 0.0)  # 0 * inf would be NaN
     scale = torch.where(finite, rate * shrink, 0.0)
     torch._foreach_mul_(delta, scale if ball == "global" else list(scale.unbind()))
     return torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
