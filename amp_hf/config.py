@@ -107,6 +107,8 @@ class AMPConfig:
     def from_json_file(cls, path: str | os.PathLike[str]) -> AMPConfig:
         with open(path, encoding="utf-8") as file:
             saved = json.load(file)
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path} is not a JSON object.")
         if unknown := saved.keys() - {field.name for field in dataclasses.fields(cls)}:
             raise ValueError(f"{path} has fields that AMPConfig has not: {sorted(unknown)}.")
         return cls(**saved)
@@ -116,8 +118,10 @@ class AMPConfig:
         try:
             with open(path, encoding="utf-8") as file:
                 saved = json.load(file)
+            if not isinstance(saved, dict):
+                raise ValueError
         except ValueError:
-            return [f"{path} is not JSON"]
+            return [f"{path} is not a JSON object"]
         here = self.to_dict()
         return [
             f"{name} was {saved.get(name)!r} and is {here.get(name)!r}"

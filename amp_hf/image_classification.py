@@ -96,6 +96,7 @@ _DEFAULTS: dict[str, Any] = dict(
     warmup_steps=0.05,
     max_grad_norm=0.0,
     logging_steps=50,
+    logging_nan_inf_filter=False,  # a training that diverges says so
     save_strategy="epoch",
     save_total_limit=2,
     dataloader_pin_memory=torch.cuda.is_available(),
@@ -154,7 +155,7 @@ def parse(
     )
     parser.set_defaults(**_DEFAULTS | defaults)
     if parser.parse_known_args(argv)[0].from_scratch:
-        parser.set_defaults(**_FROM_SCRATCH_DEFAULTS | from_scratch_defaults)
+        parser.set_defaults(**_FROM_SCRATCH_DEFAULTS | defaults | from_scratch_defaults)
     images, args, amp_config = parser.parse_args_into_dataclasses(argv)
     args.remove_unused_columns = False  # an `ImageDataset` has none
     return images, args, amp_config
@@ -227,9 +228,10 @@ def build(
 
     augment = train_transform(images.augment, mean, std, images.cutout, images.auto_augment)
     plain = eval_transform(mean, std)
-    train_dataset = dataset(train, images.max_train_samples, augment, "train")
-    if len(train_dataset) % args.train_batch_size == 1 < len(train_dataset):
-        args.dataloader_drop_last = True  # BatchNorm cannot do with a batch of one
+    kept = min(len(train), images.max_train_samples or len(train))
+    if kept % args.train_batch_size == 1 < kept:
+        kept -= 1  # BatchNorm cannot do with a last batch of one
+    train_dataset = dataset(train, kept, augment, "train")
     trainer = AMPTrainer(
         model=model,
         args=args,
@@ -301,6 +303,8 @@ It loads without amp_hf:
 
 def _exit(error: Exception) -> NoReturn:
     # An error from a dataloader's worker ends with its own message, behind the worker's traceback.
-    message = str(error).strip().splitlines()[-1].rpartition("ImageDecodeError: ")[2]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    message = lines[-1 if isinstance(error, ImageDecodeError) else 0]
+    message = message.rpartition("ImageDecodeError: ")[2]
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(2)

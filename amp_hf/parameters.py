@@ -54,7 +54,7 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ValueError(
             f"The perturbed parameters lie on several devices ({where}): load the model without a "
-            "device_map that splits it, or choose parameters on one device by AMPConfig.perturb."
+            "device_map that splits it."
         )
     sparse = {
         id(module.weight): name

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data.transforms import MaybeToTensor
 from torch import Tensor, nn
 from torchvision.transforms import Normalize, ToTensor, v2
@@ -62,7 +63,7 @@ def load_images(
     label_column = _column(name, features, "label", label_column, datasets.ClassLabel)
     if not isinstance(features[label_column], datasets.ClassLabel):
         values = {value for split in splits.values() for value in split.unique(label_column)}
-        names = sorted(values - {None})
+        names = sorted(values - {None, -1})
         index = {value: i for i, value in enumerate(names)}
         splits = splits.map(lambda row: {label_column: index.get(row[label_column])})
         label = datasets.ClassLabel(names=[str(value) for value in names])
@@ -214,7 +215,12 @@ def build_model(
                 f"--model {name} is a folder without a saved timm model: its config.json must be "
                 "that of a TimmWrapper, as these recipes save it."
             )
-        model = TimmWrapperForImageClassification.from_pretrained(name, dtype=torch.float32)
+        try:
+            model = TimmWrapperForImageClassification.from_pretrained(name, dtype=torch.float32)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"The weights in --model {name} could not be loaded ({_first_line(error)})."
+            ) from error
         model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
         saved = [str(label) for label in (model.config.id2label or {}).values()]
         if saved != label_names:

@@ -37,6 +37,7 @@ from amp_hf.metrics import compute_metrics
 from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
 
 MODEL = "test_resnet"  # timm's smallest ResNet, 0.4 million parameters
+BATCH_SIZE = 32
 IMAGE_SIZE = 24  # upscaled from 8: the network's stem divides the side by four
 RADIUS = 0.1  # that sharpness is measured in, whatever epsilon is
 COLUMNS = ("accuracy", "nll", "ece", "sharpness")
@@ -57,6 +58,11 @@ class DigitsArguments:
         ):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"--{name} must be an integer in [{least}, {most}].")
+        if self.train_samples % BATCH_SIZE == 1:
+            raise ValueError(
+                f"--train_samples {self.train_samples} leaves a last batch of one, which BatchNorm "
+                "cannot do with: take one more or less."
+            )
 
 
 def digits() -> datasets.Dataset:
@@ -85,7 +91,7 @@ def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: st
         output_dir=folder,
         seed=seed,
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=256,
         optim="sgd",
         optim_args="momentum=0.9,nesterov=true",
@@ -95,7 +101,6 @@ def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: st
         max_grad_norm=0.0,
         logging_strategy="no",
         save_strategy="no",
-        dataloader_drop_last=options.train_samples % 32 == 1,  # BatchNorm needs two
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,

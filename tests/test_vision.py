@@ -106,6 +106,15 @@ def test_plain_labels_become_classes_that_agree_between_the_splits(tmp_path, kin
         assert [feature.int2str(i) for i in splits[split][label]] == [str(n) for n in names]
 
 
+def test_a_plain_label_of_minus_one_is_no_class(tmp_path):
+    data = {"img": rows(0, 3)["img"], "label": [0, 5, -1]}
+    features = datasets.Features(img=datasets.Image(), label=datasets.Value("int64"))
+    datasets.Dataset.from_dict(data, features).to_parquet(tmp_path / "train.parquet")
+    splits, _, label = load_images(str(tmp_path))
+    assert splits["train"].features[label].names == ["0", "5"]
+    assert splits["train"][label][:] == [0, 1, None]
+
+
 def test_a_missing_column_is_named_beside_those_that_exist(tmp_path):
     folder = tmp_path / "data"
     datasets.Dataset.from_dict({"text": ["a"], "stars": [1]}).to_parquet(folder / "train.parquet")
