@@ -33,8 +33,8 @@ class AMPConfig:
     #   GTSRB, 10,000 images, 5 epochs (short)          −13.3 +.401   −0.53 +.017    −0.08 +.004
     #   CIFAR-10, 10,000 images, 5 epochs (short)                     −0.23 +.009     0.00 +.001
     # What a schedule that overfits gains is what a short one loses, and other ε move along the same
-    # line (one seed of 0.05 from 0.7 and of 0.2 from 0.85 gained −.09 in NLL on the first and lost
-    # .4 and .3 points on the second). From 0.85 the short ones are level.
+    # line (one seed of 0.05 from 0.7 and of 0.2 from 0.85 gained −.09 and −.08 in NLL on the first
+    # and lost .4 and .3 points on the second). From 0.85 the short ones are level.
     epsilon: float = field(
         default=0.1,
         metadata={"help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer."},
