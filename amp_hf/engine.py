@@ -1,36 +1,281 @@
-"""What differs by engine: which ones are supported, the scope they allow, and the loss's scale."""
+"""What differs by engine: where parameters and gradients lie, and who reduces and steps when.
+
+The trainer sees one interface, `Engine`. Everything private of Accelerate, torch or DeepSpeed that
+AMP needs stands here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .config import AMPConfig, Scope
-
-_SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-)
+from .perturbation import Norms, Perturbation, local_norms
 
 
-def resolve_scope(config: AMPConfig, accelerator: Accelerator, args: TrainingArguments) -> Scope:
-    """The batch that Δ is computed on.
+class Engine:
+    """One process, and DDP: each rank has all of every parameter, and a gradient of its own.
+
+    Raises:
+        ValueError: a `scope` that the engine does not allow.
+    """
+
+    scopes: tuple[Scope, ...] = ("micro_batch", "batch")
+    why_not: str
+
+    def __init__(self, accelerator: Accelerator, scope: Scope | None) -> None:
+        self.accelerator = accelerator
+        self.scope = scope or self.scopes[0]
+        if self.scope not in self.scopes:
+            raise ValueError(
+                f"AMPConfig.scope={scope!r} is not possible here: {self.why_not} Use "
+                f"{self.scopes[0]!r}, or None, which chooses it."
+            )
+
+    def loss_scale(self) -> float | Tensor:
+        """The factor that the backward pass puts on gradients: the fp16 GradScaler's, else 1."""
+        if self.accelerator.scaler is None:
+            return 1.0
+        # `get_scale` would wait for the device.
+        return self.accelerator.scaler.scale(torch.ones((), device=self.accelerator.device))
+
+    def shard(self, param: Tensor) -> Tensor:
+        """The part of `param` that this rank keeps: a view, through which it can be changed."""
+        return param
+
+    @contextlib.contextmanager
+    def ascent(
+        self, model: nn.Module, params: list[nn.Parameter], gradient: list[Tensor]
+    ) -> Iterator[None]:
+        """Around the passes of one ascent, which find no gradients accumulated and step nothing.
+
+        Args:
+            params: the perturbed parameters.
+            gradient: zeros, shaped like their shards. When the body has ended it holds the sum of
+                the gradients of its backward passes: under `scope="batch"` the mean over all ranks,
+                else of this rank alone, without any communication of gradients.
+        """
+        with self._accumulating_in(params, gradient), self.accelerator.no_sync(model):
+            yield
+        if self.scope == "batch" and self.accelerator.num_processes > 1:
+            for block in {id(part._base): part._base for part in gradient}.values():
+                assert block is not None  # see `joint_empty_like`
+                block /= self.accelerator.num_processes
+                distributed.all_reduce(block)
+
+    @contextlib.contextmanager
+    def _accumulating_in(
+        self, params: list[nn.Parameter], gradient: list[Tensor]
+    ) -> Iterator[None]:
+        given = [self._like(param, shard) for param, shard in zip(params, gradient)]
+        for param, zeros in zip(params, given):
+            param.grad = zeros
+        yield
+        for param, zeros, shard in zip(params, given, gradient):
+            if param.grad is not None and param.grad is not zeros:  # a trainer wiped it
+                shard.copy_(self.shard(param.grad))
+
+    def perturbation(
+        self, params: list[nn.Parameter], model: nn.Module, config: AMPConfig
+    ) -> Perturbation:
+        """Δ = 0 for `params`."""
+        with torch.no_grad():
+            shards = [self.shard(param) for param in params]
+        norms, moved = self._norms(params), functools.partial(self._moved, model)
+        return Perturbation(shards, config.epsilon, config.ball, norms, moved)
+
+    def before_step(
+        self, model: nn.Module, restore: Callable[[], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Where a backward pass inside goes on to the optimizer's step, `restore` comes before."""
+        return contextlib.nullcontext()
+
+    def _like(self, param: Tensor, shard: Tensor) -> Tensor:
+        """A gradient for `param` of which `shard` is what this rank keeps."""
+        return shard
+
+    def _norms(self, params: list[nn.Parameter]) -> Norms:
+        """Of tensors that lie as `params` do."""
+        return local_norms
+
+    def _moved(self, model: nn.Module) -> None:
+        """After the shards were changed."""
+
+
+class _Sharded(Engine):
+    """Each rank keeps a shard of every parameter, and all ranks gather the same θ + Δ."""
+
+    scopes = ("batch",)
+
+    def _norms(self, params: list[nn.Parameter]) -> Norms:
+        copies = torch.tensor([self._copies(param) for param in params])
+
+        def norms(shards: list[Tensor]) -> Tensor:
+            """By one reduction for all of them."""
+            local = local_norms(shards)
+            squares = (local**2 / copies.to(local)).to(self.accelerator.device)
+            distributed.all_reduce(squares)
+            return squares.sqrt().to(local)
+
+        return norms
+
+    def _copies(self, param: Any) -> int:
+        """How many ranks keep this rank's shard of `param`."""
+        raise NotImplementedError
+
+
+class _FSDP2(_Sharded):
+    """torch.distributed.fsdp.fully_shard."""
+
+    why_not = "FSDP reduces the gradient over all ranks, and they share one perturbation."
+
+    def shard(self, param: Tensor) -> Tensor:
+        return param.to_local() if isinstance(param, DTensor) else param
+
+    def _copies(self, param: Tensor) -> int:
+        shards = 1
+        if isinstance(param, DTensor):
+            for size, placement in zip(param.device_mesh.shape, param.placements):
+                shards *= size if placement.is_shard() else 1
+        return self.accelerator.num_processes // shards
+
+    @contextlib.contextmanager
+    def ascent(
+        self, model: nn.Module, params: list[nn.Parameter], gradient: list[Tensor]
+    ) -> Iterator[None]:
+        # Whether the Trainer's pass that follows is: torch does not tell.
+        options = self.accelerator.gradient_state.plugin_kwargs
+        synchronized = (
+            self.accelerator.sync_gradients
+            or options.get("sync_each_batch", False)
+            or not self.accelerator.is_fsdp2  # the model was sharded by others
+        )
+        # Every pass is reduced: the shards accumulate, and no whole gradient is kept.
+        model.set_requires_gradient_sync(True)
+        try:
+            with self._accumulating_in(params, gradient):
+                yield
+        finally:
+            model.set_requires_gradient_sync(synchronized)
+
+    def _moved(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _like(self, param: Tensor, shard: Tensor) -> Tensor:
+        if not isinstance(param, DTensor):
+            return shard
+        return DTensor.from_local(
+            shard,
+            param.device_mesh,
+            param.placements,
+            run_check=False,
+            shape=param.shape,
+            stride=param.stride(),
+        )
+
+
+class _DeepSpeed(Engine):
+    """DeepSpeed's ZeRO-1 and 2: every rank has a replica of the parameters.
+
+    The optimizer keeps a shard of its own and writes the replicas anew when it steps, which is
+    within the backward pass of the last micro-batch (accelerate.utils.deepspeed).
+    """
+
+    @contextlib.contextmanager
+    def ascent(
+        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor]
+    ) -> Iterator[None]:
+        # What DeepSpeedEngine.coalesce_grad_reduction sets, without the reduction that it ends in:
+        # gradients stay where autograd leaves them, and nothing is done to those accumulated.
+        with super().ascent(model, params, gradient), self._not_stepping():
+            model.inside_no_sync_ctxt = True
+            model.optimizer._coalesce_grad_reduction = True
+            try:
+                yield
+            finally:
+                model.inside_no_sync_ctxt = False
+                model.optimizer._coalesce_grad_reduction = False
+
+    @contextlib.contextmanager
+    def before_step(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
+        hook = model.basic_optimizer.register_step_pre_hook(lambda *_: restore())
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def _not_stepping(self) -> Iterator[None]:
+        synchronized = self.accelerator.sync_gradients
+        self.accelerator.sync_gradients = False
+        try:
+            yield
+        finally:
+            self.accelerator.sync_gradients = synchronized
+
+
+class _DeepSpeed3(_Sharded, _DeepSpeed):
+    """DeepSpeed's ZeRO-3: gradients are reduced onto the shards in every backward pass."""
+
+    why_not = "ZeRO-3 reduces the gradient over all ranks, and they share one perturbation."
+
+    def shard(self, param: Any) -> Tensor:
+        rank = distributed.get_rank(param.ds_process_group)
+        size = param.ds_tensor.numel()
+        padding = max(0, min(size, (rank + 1) * size - param.ds_numel))
+        return param.ds_tensor[: size - padding]
+
+    def _copies(self, param: Tensor) -> int:
+        return 1
+
+    @contextlib.contextmanager
+    def ascent(
+        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor]
+    ) -> Iterator[None]:
+        from deepspeed.utils import safe_get_local_grad
+
+        # DeepSpeed keeps what an earlier pass left of a parameter that takes no part in this one.
+        kept = model.optimizer.grad_partitions_flat_buffer
+        kept.zero_()
+        try:
+            with self._not_stepping():
+                yield
+            for param, shard in zip(params, gradient):
+                shard.copy_(safe_get_local_grad(param)[: shard.numel()])
+        finally:
+            kept.zero_()
+            model.optimizer.zero_grad()
+
+    def _moved(self, model: Any) -> None:
+        model.optimizer.empty_partition_cache()
+
+
+_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def engine_for(
+    config: AMPConfig, accelerator: Accelerator, args: TrainingArguments, model: nn.Module
+) -> Engine:
+    """The engine that `accelerator` drives.
+
+    Args:
+        model: as `accelerator` prepared it, or not prepared yet.
 
     Raises:
         ValueError: an engine, an optimizer or a scope on which the steps would not be exact.
     """
-    kind = accelerator.distributed_type
-    if kind not in _SUPPORTED:
-        raise ValueError(
-            f"AMPTrainer does not support {kind.value} yet: train on one process or with DDP, "
-            "or set AMPConfig(epsilon=0) for the stock Trainer."
-        )
     if args.n_gpu > 1:
         raise ValueError(
             "AMPTrainer does not support nn.DataParallel: start one process a GPU with "
@@ -42,23 +287,18 @@ def resolve_scope(config: AMPConfig, accelerator: Accelerator, args: TrainingArg
             f"AMPTrainer cannot use optim={optimizer!r}: it steps inside of the backward "
             "pass, of which AMP runs two. Choose an optimizer that steps afterwards."
         )
-    if config.scope == "batch" and accelerator.num_processes > 1:
-        raise ValueError(
-            "AMPConfig.scope='batch' is not supported on several processes yet: use 'micro_batch'."
-        )
-    return config.scope or "micro_batch"
-
-
-def unsynchronized(
-    accelerator: Accelerator, model: nn.Module
-) -> contextlib.AbstractContextManager[None]:
-    """Backward passes inside leave each rank its own gradient, without communication."""
-    return accelerator.no_sync(model)
-
-
-def loss_scale(accelerator: Accelerator) -> float | Tensor:
-    """The factor that the backward pass puts on gradients: the fp16 GradScaler's, else 1."""
-    if accelerator.scaler is None:
-        return 1.0
-    # `get_scale` would wait for the device.
-    return accelerator.scaler.scale(torch.ones((), device=accelerator.device))
+    kind = accelerator.distributed_type
+    if isinstance(model, FSDPModule) or kind == DistributedType.FSDP and accelerator.is_fsdp2:
+        return _FSDP2(accelerator, config.scope)
+    if kind in _DATA_PARALLEL:
+        return Engine(accelerator, config.scope)
+    if kind == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage in (1, 2):
+            return _DeepSpeed(accelerator, config.scope)
+        if stage == 3:
+            return _DeepSpeed3(accelerator, config.scope)
+    raise ValueError(
+        f"AMPTrainer does not support {kind.value} like this: use one process, DDP, FSDP "
+        "version 2 or DeepSpeed's ZeRO-1 to 3, or AMPConfig(epsilon=0) for the stock Trainer."
+    )

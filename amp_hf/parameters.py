@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,16 @@ class ModelTensors:
     """
 
     def __init__(
-        self, model: nn.Module, perturb: str, optimizer: torch.optim.Optimizer | None
+        self,
+        model: nn.Module,
+        perturb: str,
+        optimizer: torch.optim.Optimizer | None,
+        shard: Callable[[Tensor], Tensor],
     ) -> None:
         self.model = model
         self.norm_buffers = norm_buffers(model)
         self._perturb = perturb
+        self._shard = shard
         self._perturbed = perturbed_parameters(model, perturb)
         # A loss function may have some that are not the model's.
         optimized = (
@@ -99,13 +105,14 @@ class ModelTensors:
         params = [param for param in self._perturbed if param.requires_grad]
         return params or perturbed_parameters(self.model, self._perturb)
 
+    @torch.no_grad()
     def zeros(self, params: list[nn.Parameter], fresh: bool) -> list[Tensor]:
-        """Zeros shaped like `params`, in memory that is kept from step to step unless `fresh`.
+        """Zeros shaped like the shards of `params`, in memory that is kept unless `fresh`.
 
         A CPU would otherwise map it in again, page by page, in every step.
         """
         if fresh or any(param not in self._memory for param in params):
-            self._memory = dict(zip(params, joint_empty_like(params)))
+            self._memory = dict(zip(params, joint_empty_like(list(map(self._shard, params)))))
         zeros = [self._memory[param] for param in params]
         torch._foreach_zero_(zeros)
         return zeros

@@ -20,6 +20,14 @@ from torch import Tensor
 from .config import Ball
 
 
+Norms = Callable[[list[Tensor]], Tensor]
+
+
+def local_norms(tensors: list[Tensor]) -> Tensor:
+    """The L2 norm of each, in one tensor."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
 @torch.no_grad()
 def project(
     delta: list[Tensor],
@@ -27,6 +35,7 @@ def project(
     epsilon: float,
     ball: Ball,
     rate: float | Tensor = 1.0,
+    norms_of: Norms = local_norms,
 ) -> Tensor:
     """Δ ← project(rate · Δ), in place: what lies outside of the ball is scaled down onto it.
 
@@ -36,6 +45,7 @@ def project(
         epsilon: radius ε in parameter units; for `"relative"` a fraction of each tensor's norm.
         ball: `"global"` (the paper), `"tensor"` (the authors' released code) or `"relative"`.
         rate: a float or a 0-dimensional tensor, > 0.
+        norms_of: the norms of whole tensors, for `delta` and `params` that are shards of them.
 
     Returns:
         ‖Δ‖₂ after the projection, over all tensors together, 0-dimensional.
@@ -43,12 +53,10 @@ def project(
     A Δ that holds an infinity or a NaN anywhere becomes zero everywhere: there is no direction to
     ascend in, and the step is then taken at θ.
     """
-    norms = rate * torch.stack(torch._foreach_norm(delta))
+    norms = rate * norms_of(delta)
     if ball == "global":
         norms = torch.linalg.vector_norm(norms)
-    radii = epsilon * (
-        torch.stack(torch._foreach_norm(list(params))) if ball == "relative" else 1.0
-    )
+    radii = epsilon * (norms_of(list(params)) if ball == "relative" else 1.0)
     shrink = torch.where(norms > radii, radii / norms, 1.0)
 
     finite = norms.isfinite().all()
@@ -84,12 +92,25 @@ class Perturbation:
     change places; a further one takes another copy until it has replaced the first. θ is copied,
     never recomputed, so `restore` is exact to the bit; it may be called at any moment, also after
     an interrupt in the middle of any method here.
+
+    Args:
+        norms: where `params` are shards: the norms of the whole tensors.
+        moved: called whenever the parameters have been changed.
     """
 
-    def __init__(self, params: Sequence[Tensor], epsilon: float, ball: Ball) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        epsilon: float,
+        ball: Ball,
+        norms: Norms = local_norms,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
         self.params = params
         self.epsilon = epsilon
         self.ball = ball
+        self._norms = norms
+        self._moved = moved
         # Groups of (parameters, the tensors that hold their θ) and (parameters, their θ + Δ).
         self._originals: list[tuple[list[Tensor], list[Tensor]]] = []
         self._displaced: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -112,9 +133,10 @@ class Perturbation:
             for (params, originals), ascent in zip(self._originals, self._groups(gradient)):
                 torch._foreach_add_(ascent, torch._foreach_sub(params, originals))
             self.restore()
-        norm = project(gradient, self.params, self.epsilon, self.ball, rate)
+        norm = project(gradient, self.params, self.epsilon, self.ball, rate, self._norms)
         for params, delta in zip(self._groups(self.params), self._groups(gradient)):
             self._displace(params, delta, torch._foreach_add_)
+        self._moved()
         return norm
 
     @torch.no_grad()
@@ -128,19 +150,23 @@ class Perturbation:
             torch._foreach_copy_(originals, displaced)
             self._displaced.append((params, originals))
             del displaced  # before the next group's copy is made
+        self._moved()
 
     @torch.no_grad()
     def enter(self) -> None:
         """Takes the parameters to the θ + Δ that `leave` kept."""
         while self._displaced:
             self._displace(*self._displaced.pop(), torch._foreach_copy_)
+        self._moved()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts θ back and forgets Δ. Where the parameters are θ already, it does nothing."""
-        for params, originals in self._originals:
-            torch._foreach_copy_(params, originals)
-        self._originals.clear()
+        if self._originals:
+            for params, originals in self._originals:
+                torch._foreach_copy_(params, originals)
+            self._originals.clear()
+            self._moved()
 
     def _displace(
         self,

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
-from .engine import loss_scale, resolve_scope, unsynchronized
+from .engine import Engine, engine_for
 from .parameters import ModelTensors, perturbed_parameters
 from .perturbation import Perturbation
 from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
@@ -67,6 +67,7 @@ class AMPTrainerMixin(_Parent):
     _sums: Tensor | float
     _perturbed_steps: float
 
+    _engine: Engine
     _tensors: ModelTensors | None
 
     # The Trainer's own.
@@ -83,7 +84,7 @@ class AMPTrainerMixin(_Parent):
         super().__init__(*args, **kwargs)
         self._start_statistics()
         if self.amp_config.epsilon > 0:
-            resolve_scope(self.amp_config, self.accelerator, self.args)
+            engine_for(self.amp_config, self.accelerator, self.args, self.model)
             perturbed_parameters(self.model, self.amp_config.perturb)  # for its refusals
 
     def train(
@@ -125,7 +126,10 @@ class AMPTrainerMixin(_Parent):
                 self._perturbation.enter()
             else:
                 self._ascend(model, inputs, num_items_in_batch)
-            with self._norm_stats_kept():
+            with (
+                self._norm_stats_kept(),
+                self._engine.before_step(model, self._perturbation.restore),
+            ):
                 loss = super().training_step(model, inputs, num_items_in_batch)
             clean_loss = self._clean_losses.pop(0)
             if self._clean_losses:
@@ -164,22 +168,23 @@ class AMPTrainerMixin(_Parent):
         Leaves in `_clean_losses` the losses at θ of the micro-batches that Δ was computed on.
         """
         config = self.amp_config
-        scope = resolve_scope(config, self.accelerator, self.args)
-        window = len(self._window)
-        batches = self._window if scope == "batch" and window else [inputs]
-        alone = len(batches) < window
-
         if self._tensors is None or self._tensors.model is not self.model:
-            self._tensors = ModelTensors(self.model, config.perturb, self.optimizer)
-        tensors = self._tensors
+            self._engine = engine_for(config, self.accelerator, self.args, self.model)
+            self._tensors = ModelTensors(
+                self.model, config.perturb, self.optimizer, self._engine.shard
+            )
+        engine, tensors = self._engine, self._tensors
         perturbed = tensors.perturbed()
+        window = len(self._window)
+        batches = self._window if engine.scope == "batch" and window else [inputs]
+        alone = len(batches) < window
         if window > 1 and self._loss_is_share is None:
             self._loss_is_share = self._is_share(model, inputs, num_items_in_batch, tensors)
 
         # On its own, a micro-batch is a whole batch to the Trainer: Δ must not see the window.
         num_items: Any = num_items_in_batch
         scale: Any = 1
-        rate = config.inner_lr / loss_scale(self.accelerator)
+        rate = config.inner_lr / engine.loss_scale()
         if alone:
             num_items = self._count_items(batches)
             if self._loss_is_share is not False:
@@ -190,28 +195,23 @@ class AMPTrainerMixin(_Parent):
             batches = [self._sub_batch(batch) for batch in batches]
             num_items = self._count_items(batches)
 
-        self._perturbation = Perturbation(perturbed, config.epsilon, config.ball)
+        self._perturbation = engine.perturbation(perturbed, model, config)
         clean_losses: list[Tensor] = []
         for ascent in range(config.inner_steps):
             with (
                 preserved_rng(self.args.device),
                 self._norm_stats_kept() if ascent else contextlib.nullcontext(),
                 self._accumulating(1) if alone else contextlib.nullcontext(),
-                unsynchronized(self.accelerator, model),
                 gradients_set_aside(tensors.trainable()),
             ):
-                memory = tensors.zeros(perturbed, fresh=ascent > 0)  # θ is in the last one's
-                for param, zeros in zip(perturbed, memory):
-                    param.grad = zeros
-                for batch in batches:
-                    # A copy, because computing the loss may take the labels out.
-                    loss = super().training_step(model, copy.copy(batch), num_items)
-                    if ascent == 0:
-                        clean_losses.append(loss / scale)
-                gradient = [
-                    zeros if param.grad is None else param.grad
-                    for param, zeros in zip(perturbed, memory)
-                ]
+                # θ is in that of the last ascent.
+                gradient = tensors.zeros(perturbed, fresh=ascent > 0)
+                with engine.ascent(model, perturbed, gradient):
+                    for batch in batches:
+                        # A copy, because computing the loss may take the labels out.
+                        loss = super().training_step(model, copy.copy(batch), num_items)
+                        if ascent == 0:
+                            clean_losses.append(loss / scale)
             self._delta_norm = self._perturbation.ascend(gradient, rate)
         self._clean_losses = clean_losses
 
@@ -236,8 +236,8 @@ class AMPTrainerMixin(_Parent):
                 preserved_rng(self.args.device),
                 preserved_buffers(tensors.norm_buffers),
                 self._accumulating(size),
-                unsynchronized(self.accelerator, model),
                 gradients_set_aside(tensors.trainable()),
+                self._engine.ascent(model, [], []),
             ):
                 count = None if num_items is None else num_items * size
                 losses.append(super().training_step(model, copy.copy(batch), count))

@@ -42,7 +42,7 @@ from torch import nn
 from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
-from amp_hf.engine import resolve_scope
+from amp_hf.engine import engine_for
 from amp_hf.parameters import perturbed_parameters
 
 BALLS = ["global", "tensor", "relative"]
@@ -268,8 +268,8 @@ def test_what_amp_would_be_wrong_with_is_refused_in_one_line_that_says_what_to_d
 def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind):
     trainer = trainer_for(make(), tmp_path, always())
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
-    with pytest.raises(ValueError, match=r"does not support .*, or set AMPConfig\(epsilon=0\)"):
-        resolve_scope(trainer.amp_config, trainer.accelerator, trainer.args)
+    with pytest.raises(ValueError, match=r"does not support .*, or AMPConfig\(epsilon=0\)"):
+        engine_for(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
 
 
 def test_data_parallel_is_refused(tmp_path):
