@@ -49,6 +49,10 @@ class Engine:
         # `get_scale` would wait for the device.
         return self.accelerator.scaler.scale(torch.ones((), device=self.accelerator.device))
 
+    def learns_graph(self, model: nn.Module) -> bool:
+        """Whether the first pass of all must be one outside of `ascent`: DDP's static_graph."""
+        return getattr(model, "static_graph", False)
+
     def shard(self, param: Tensor) -> Tensor:
         """The part of `param` that this rank keeps: a view, through which it can be changed."""
         return param

@@ -173,54 +173,68 @@ class AMPTrainerMixin(_Parent):
             self._tensors = ModelTensors(
                 self.model, config.perturb, self.optimizer, self._engine.shard
             )
-        engine, tensors = self._engine, self._tensors
-        perturbed = tensors.perturbed()
-        window = len(self._window)
-        batches = self._window if engine.scope == "batch" and window else [inputs]
-        alone = len(batches) < window
-        if window > 1 and self._loss_is_share is None:
-            self._loss_is_share = self._is_share(model, inputs, num_items_in_batch, tensors)
+            if self._engine.learns_graph(model):
+                self._traceless_pass(model, inputs, num_items_in_batch)
+        engine = self._engine
+        perturbed = self._tensors.perturbed()
+        batches = self._window if engine.scope == "batch" and self._window else [inputs]
+        window, ranks = max(1, len(self._window)), self.accelerator.num_processes
+        joined = window * ranks > 1
+        alone = joined and engine.scope == "micro_batch"
+        if joined and self._loss_is_share is None:
+            self._loss_is_share = self._is_share(model, inputs, num_items_in_batch)
 
-        # On its own, a micro-batch is a whole batch to the Trainer: Δ must not see the window.
+        # The Trainer multiplies a loss that was divided by what all ranks counted.
+        counted = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        factor = ranks if counted else 1
         num_items: Any = num_items_in_batch
-        scale: Any = 1
         rate = config.inner_lr / engine.loss_scale()
-        if alone:
-            num_items = self._count_items(batches)
-            if self._loss_is_share is not False:
-                scale = window if num_items is None else num_items_in_batch / num_items
-        elif self._loss_is_share is False:
-            rate = rate / window
-        if config.ascent_fraction < 1:
-            batches = [self._sub_batch(batch) for batch in batches]
-            num_items = self._count_items(batches)
+        scale: Any = 1
+        with self._alone() if alone else contextlib.nullcontext():
+            if alone:
+                num_items = self._count_items(batches)
+                if self._loss_is_share is not False:
+                    scale = window if num_items is None else num_items_in_batch / num_items
+                scale = scale / factor
+            elif self._loss_is_share is False:
+                rate = rate / (window * factor)
+            if config.ascent_fraction < 1:
+                batches = [self._sub_batch(batch) for batch in batches]
+                num_items = self._count_items(batches)
+            losses = self._ascents(model, perturbed, batches, num_items, rate)
+        self._clean_losses = [loss / scale for loss in losses]
 
-        self._perturbation = engine.perturbation(perturbed, model, config)
+    def _ascents(
+        self,
+        model: nn.Module,
+        perturbed: list[nn.Parameter],
+        batches: list,
+        num_items: Tensor | int | None,
+        rate: float | Tensor,
+    ) -> list[Tensor]:
+        """From θ to θ + Δ. Returns the losses of `batches` at θ."""
+        assert self._tensors is not None
+        self._perturbation = self._engine.perturbation(perturbed, model, self.amp_config)
         clean_losses: list[Tensor] = []
-        for ascent in range(config.inner_steps):
+        for ascent in range(self.amp_config.inner_steps):
+            # θ is in the memory of the last one.
+            gradient = self._tensors.zeros(perturbed, fresh=ascent > 0)
             with (
                 preserved_rng(self.args.device),
                 self._norm_stats_kept() if ascent else contextlib.nullcontext(),
-                self._accumulating(1) if alone else contextlib.nullcontext(),
-                gradients_set_aside(tensors.trainable()),
+                gradients_set_aside(self._tensors.trainable()),
+                self._engine.ascent(model, perturbed, gradient),
             ):
-                # θ is in that of the last ascent.
-                gradient = tensors.zeros(perturbed, fresh=ascent > 0)
-                with engine.ascent(model, perturbed, gradient):
-                    for batch in batches:
-                        # A copy, because computing the loss may take the labels out.
-                        loss = super().training_step(model, copy.copy(batch), num_items)
-                        if ascent == 0:
-                            clean_losses.append(loss / scale)
+                for batch in batches:
+                    # A copy, because computing the loss may take the labels out.
+                    loss = super().training_step(model, copy.copy(batch), num_items)
+                    if ascent == 0:
+                        clean_losses.append(loss)
             self._delta_norm = self._perturbation.ascend(gradient, rate)
-        self._clean_losses = clean_losses
+        return clean_losses
 
     def _is_share(
-        self,
-        model: nn.Module,
-        batch: dict[str, Any],
-        num_items: Tensor | int | None,
-        tensors: ModelTensors,
+        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None
     ) -> bool | None:
         """Whether a micro-batch's loss is its share of the window's: half as much in one of twice.
 
@@ -232,18 +246,23 @@ class AMPTrainerMixin(_Parent):
             return True  # the Trainer divides it
         losses = []
         for size in (1, 2):
-            with (
-                preserved_rng(self.args.device),
-                preserved_buffers(tensors.norm_buffers),
-                self._accumulating(size),
-                gradients_set_aside(tensors.trainable()),
-                self._engine.ascent(model, [], []),
-            ):
-                count = None if num_items is None else num_items * size
-                losses.append(super().training_step(model, copy.copy(batch), count))
+            count = None if num_items is None else num_items * size
+            with self._accumulating(size), self._engine.ascent(model, [], []):
+                losses.append(self._traceless_pass(model, batch, count))
         # One answer for all ranks: further passes of one alone would leave the others waiting.
         once, twice = self.accelerator.reduce(torch.stack(losses)).tolist()
         return twice / once < 0.75 if once and math.isfinite(once) else None
+
+    def _traceless_pass(
+        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None
+    ) -> Tensor:
+        assert self._tensors is not None
+        with (
+            preserved_rng(self.args.device),
+            preserved_buffers(self._tensors.norm_buffers),
+            gradients_set_aside(self._tensors.trainable()),
+        ):
+            return super().training_step(model, copy.copy(batch), num_items)
 
     def _count_items(self, batches: list) -> Tensor | None:
         """`num_items_in_batch` as the parent counts it, were `batches` the whole window; >= 1."""
@@ -267,6 +286,17 @@ class AMPTrainerMixin(_Parent):
             return contextlib.nullcontext()
         assert self._tensors is not None  # there was an ascent
         return preserved_buffers(self._tensors.norm_buffers)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """To the Trainer, the micro-batches inside are those of a step on one process."""
+        average = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            with self._accumulating(1):
+                yield
+        finally:
+            self.args.average_tokens_across_devices = average
 
     @contextlib.contextmanager
     def _accumulating(self, micro_batches: int) -> Iterator[None]:

@@ -1,72 +1,117 @@
-"""One rank of a training run of test_distributed.py: `distributed_worker.py FOLDER`.
+"""One rank of test_distributed.py: `distributed_worker.py FOLDER`.
 
-FOLDER/run.pkl holds the arguments of `run`; what it returns goes to FOLDER/<rank>.pkl.
+FOLDER/runs.pkl holds an engine and the keyword arguments of `run` for each run; what they return
+goes to FOLDER/<rank>.pkl.
 """
 
+import copy
+import functools
 import os
 import pickle
 import sys
 from pathlib import Path
 
-import support
 import torch
 from accelerate import DistributedType
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from peft import LoraConfig, get_peft_model
+from support import (
+    MLP,
+    ConvNet,
+    PartlyUsed,
+    always,
+    digits,
+    language_model,
+    logs,
+    make,
+    on,
+    padded,
+    strokes,
+    trainer_for,
+)
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
-from amp_hf import AMPConfig, AMPTrainer
+from amp_hf import AMPTrainer
 
 
-def run(engine, config=None, net="MLP", dtype=torch.float32, trainer=None, **kwargs):
-    """`config=None` is the stock Trainer. Returns the run's batches, weights and logs."""
-    model = support.make(getattr(support, net), dtype=dtype)
-    recorder = support.Recorder()
+def lora():
+    model = language_model(dropout=0.0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+def partly_frozen():
+    model = MLP()
+    model.fc1.bias.requires_grad_(False)
+    return model
+
+
+# A network, and the class of its layers that FSDP shards one by one.
+NETS = {
+    "mlp": (MLP, "Linear"),
+    "conv": (functools.partial(ConvNet, dropout=0.0), "Conv2d"),
+    "partly_used": (PartlyUsed, "Linear"),
+    "partly_frozen": (partly_frozen, "Linear"),
+    "gpt2": (functools.partial(language_model, dropout=0.0), "GPT2Block"),
+    "lora": (lora, "GPT2Block"),
+}
+
+
+class Watched(AMPTrainer):
+    """Keeps the micro-batches of every step."""
+
+    def get_batch_samples(self, *args):
+        window, num_items = super().get_batch_samples(*args)
+        self.windows.append(copy.deepcopy(window))
+        return window, num_items
+
+
+def run(
+    folder, engine="plain", net="mlp", config=None, ddp=None, dtype=None, samples=None, **kwargs
+):
+    """Trains; returns the micro-batches, the weights after every step, and the logs."""
+    network, layer = NETS[net]
+    dtype = dtype or (torch.float32 if "zero" in engine else torch.float64)
+    model = make(network, dtype=dtype)
     weights = []
 
     def keep(event, state, control):
-        weights.append(whole(made.model))
+        weights.append(whole(trainer.model))
 
-    made = support.trainer_for(
+    tokens = net in ("gpt2", "lora")
+    own = {"callbacks": [on(["on_step_end"], keep)]} | ({"data_collator": padded} if tokens else {})
+    defaults = dict(per_device_train_batch_size=4, max_steps=3) | engine_arguments(engine, layer)
+    trainer = trainer_for(
         model,
-        sys.argv[1],
-        None if config is None else AMPConfig(**{"ascent_start": 0.0} | config),
-        cls=Trainer if config is None else AMPTrainer,
-        trainer={"data_collator": recorder, "callbacks": [support.on(["on_step_end"], keep)]}
-        | (trainer or {}),
-        **engine_arguments(engine),
-        **kwargs,
+        folder,
+        always(**{"epsilon": 0.05} | (config or {})),
+        cls=Watched,
+        data=(strokes() if tokens else digits(dtype))[:samples],
+        trainer=own,
+        **defaults | kwargs,
     )
-    made.train()
-    size = made.args.gradient_accumulation_steps
-    batches = recorder.batches
-    return {
-        "windows": [batches[i : i + size] for i in range(0, len(weights) * size, size)],
-        "weights": weights,
-        "logs": support.logs(made),
-        "names": [name for name, _ in made.model.named_parameters()],
-    }
+    trainer.windows = []
+    if ddp:
+        trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp)
+    trainer.train()
+    return {"windows": trainer.windows, "weights": weights, "logs": logs(trainer)}
 
 
-def engine_arguments(engine):
+def engine_arguments(engine, layer):
     """Of `TrainingArguments`, on the CPU."""
-    name, _, stage = engine.partition("-")
-    if name == "fsdp2":
-        wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["Linear"]}
-        return {"fsdp": True, "fsdp_config": wrapped}
-    if name == "zero":
-        zero = {"stage": int(stage), "stage3_param_persistence_threshold": 100}
-        auto = dict.fromkeys(
-            (
-                "train_micro_batch_size_per_gpu",
-                "train_batch_size",
-                "gradient_accumulation_steps",
-                "gradient_clipping",
-            ),
-            "auto",
+    if engine == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": [layer]}}
+    if engine.startswith("zero"):
+        # A threshold above which ZeRO-3 partitions, and below which it keeps parameters gathered.
+        zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 100}
+        taken_over = (
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
         )
-        return {"deepspeed": auto | {"zero_optimization": zero}}
+        return {"deepspeed": dict.fromkeys(taken_over, "auto") | {"zero_optimization": zero}}
     return {}
 
 
@@ -86,16 +131,17 @@ def shard_on_the_cpu():
 
 def whole(model):
     """The parameters, gathered from all ranks."""
-    return [whole_tensor(param).detach().clone() for param in model.parameters()]
+    return {name: whole_tensor(p).detach().clone() for name, p in model.named_parameters()}
 
 
 def whole_tensor(param):
     if isinstance(param, DTensor):
         return param.full_tensor()
     if hasattr(param, "ds_id"):
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed import zero
 
-        return safe_get_full_fp32_param(param)
+        with zero.GatheredParameters([param]):
+            return param.clone()
     return param
 
 
@@ -103,6 +149,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     shard_on_the_cpu()
-    result = run(**pickle.loads(Path(sys.argv[1], "run.pkl").read_bytes()))
-    Path(sys.argv[1], f"{distributed.get_rank()}.pkl").write_bytes(pickle.dumps(result))
+    folder = Path(sys.argv[1])
+    engine, runs = pickle.loads((folder / "runs.pkl").read_bytes())
+    results = {}
+    for name, case in runs.items():
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        results[name] = run(folder, engine, **case)
+    (folder / f"{distributed.get_rank()}.pkl").write_bytes(pickle.dumps(results))
+    distributed.barrier()
     distributed.destroy_process_group()
