@@ -59,12 +59,17 @@ class Engine:
 
     @contextlib.contextmanager
     def ascent(
-        self, model: nn.Module, params: list[nn.Parameter], gradient: list[Tensor]
+        self,
+        model: nn.Module,
+        params: list[nn.Parameter],
+        gradient: list[Tensor],
+        last: bool,
     ) -> Iterator[None]:
         """Around the passes of one ascent, which find no gradients accumulated and step nothing.
 
         Args:
             params: the perturbed parameters.
+            last: whether the Trainer's pass that follows is the last of its optimizer step.
             gradient: zeros, shaped like their shards. When the body has ended it holds the sum of
                 the gradients of its backward passes: under `scope="batch"` the mean over all ranks,
                 else of this rank alone, without any communication of gradients.
@@ -155,12 +160,16 @@ class _FSDP2(_Sharded):
 
     @contextlib.contextmanager
     def ascent(
-        self, model: nn.Module, params: list[nn.Parameter], gradient: list[Tensor]
+        self,
+        model: nn.Module,
+        params: list[nn.Parameter],
+        gradient: list[Tensor],
+        last: bool,
     ) -> Iterator[None]:
-        # Whether the Trainer's pass that follows is: torch does not tell.
+        # Whether the pass that follows is: torch does not tell.
         options = self.accelerator.gradient_state.plugin_kwargs
         synchronized = (
-            self.accelerator.sync_gradients
+            last
             or options.get("sync_each_batch", False)
             or not self.accelerator.is_fsdp2  # the model was sharded by others
         )
@@ -199,11 +208,11 @@ class _DeepSpeed(Engine):
 
     @contextlib.contextmanager
     def ascent(
-        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor]
+        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
     ) -> Iterator[None]:
         # What DeepSpeedEngine.coalesce_grad_reduction sets, without the reduction that it ends in:
         # gradients stay where autograd leaves them, and nothing is done to those accumulated.
-        with super().ascent(model, params, gradient), self._not_stepping():
+        with super().ascent(model, params, gradient, last), self._not_stepping():
             model.inside_no_sync_ctxt = True
             model.optimizer._coalesce_grad_reduction = True
             try:
@@ -246,21 +255,30 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
 
     @contextlib.contextmanager
     def ascent(
-        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor]
+        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
     ) -> Iterator[None]:
         from deepspeed.utils import safe_get_local_grad
 
-        # DeepSpeed keeps what an earlier pass left of a parameter that takes no part in this one.
-        kept = model.optimizer.grad_partitions_flat_buffer
+        optimizer = model.optimizer
+        optimizer.clear_backward_seen_flag()  # brings the count up to date
+        accumulated = optimizer.micro_step_id
+        kept = optimizer.grad_partitions_flat_buffer
+        aside = kept.clone() if accumulated else None
+        # Otherwise, what an earlier pass left of a parameter that takes no part in this one stays.
         kept.zero_()
+        optimizer.zero_grad()
         try:
             with self._not_stepping():
                 yield
             for param, shard in zip(params, gradient):
                 shard.copy_(safe_get_local_grad(param)[: shard.numel()])
         finally:
-            kept.zero_()
-            model.optimizer.zero_grad()
+            optimizer.zero_grad()
+            optimizer.micro_step_id = accumulated
+            if aside is None:
+                kept.zero_()
+            else:
+                kept.copy_(aside)
 
     def _moved(self, model: Any) -> None:
         model.optimizer.empty_partition_cache()

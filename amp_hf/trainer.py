@@ -223,7 +223,7 @@ class AMPTrainerMixin(_Parent):
                 preserved_rng(self.args.device),
                 self._norm_stats_kept() if ascent else contextlib.nullcontext(),
                 gradients_set_aside(self._tensors.trainable()),
-                self._engine.ascent(model, perturbed, gradient),
+                self._engine.ascent(model, perturbed, gradient, self._is_last()),
             ):
                 for batch in batches:
                     # A copy, because computing the loss may take the labels out.
@@ -247,7 +247,7 @@ class AMPTrainerMixin(_Parent):
         losses = []
         for size in (1, 2):
             count = None if num_items is None else num_items * size
-            with self._accumulating(size), self._engine.ascent(model, [], []):
+            with self._accumulating(size), self._engine.ascent(model, [], [], self._is_last()):
                 losses.append(self._traceless_pass(model, batch, count))
         # One answer for all ranks: further passes of one alone would leave the others waiting.
         once, twice = self.accelerator.reduce(torch.stack(losses)).tolist()
@@ -263,6 +263,10 @@ class AMPTrainerMixin(_Parent):
             gradients_set_aside(self._tensors.trainable()),
         ):
             return super().training_step(model, copy.copy(batch), num_items)
+
+    def _is_last(self) -> bool:
+        """Whether a micro-batch that is ascended on under `scope="batch"` is its window's last."""
+        return len(self._window) <= 1
 
     def _count_items(self, batches: list) -> Tensor | None:
         """`num_items_in_batch` as the parent counts it, were `batches` the whole window; >= 1."""

@@ -36,6 +36,16 @@ from torch.distributed.tensor import DTensor
 from amp_hf import AMPTrainer
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Has no length."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
 def lora():
     model = language_model(dropout=0.0)
     return get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
@@ -51,6 +61,7 @@ def partly_frozen():
 NETS = {
     "mlp": (MLP, "Linear"),
     "conv": (functools.partial(ConvNet, dropout=0.0), "Conv2d"),
+    "dropout": (ConvNet, "Conv2d"),
     "partly_used": (PartlyUsed, "Linear"),
     "partly_frozen": (partly_frozen, "Linear"),
     "gpt2": (functools.partial(language_model, dropout=0.0), "GPT2Block"),
@@ -63,39 +74,74 @@ class Watched(AMPTrainer):
 
     def get_batch_samples(self, *args):
         window, num_items = super().get_batch_samples(*args)
-        self.windows.append(copy.deepcopy(window))
+        if window:
+            self.windows.append(copy.deepcopy(window))
         return window, num_items
 
 
-def run(
-    folder, engine="plain", net="mlp", config=None, ddp=None, dtype=None, samples=None, **kwargs
+class Stream(torch.utils.data.IterableDataset):
+    """Has no length."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def run(folder, cut=None, **case):
+    """What `train` returns; with `cut`, of a run that was stopped after so many steps and resumed
+    by another trainer from the checkpoint saved there."""
+    if cut is None:
+        return train(folder, **case)
+    case |= {"save_strategy": "steps", "save_steps": cut}
+    first = train(folder, stop=cut, **case)
+    rest = train(folder, resume=True, **case)
+    return {key: first[key] + rest[key] for key in first}
+
+
+def train(
+    folder,
+    engine="plain",
+    net="mlp",
+    config=None,
+    ddp=None,
+    samples=None,
+    stream=False,
+    stop=None,
+    resume=None,
+    **kwargs,
 ):
-    """Trains; returns the micro-batches, the weights after every step, and the logs."""
+    """Returns the windows of micro-batches and the weights of every step, and the logs."""
     network, layer = NETS[net]
-    dtype = dtype or (torch.float32 if "zero" in engine else torch.float64)
+    dtype = torch.float32 if "zero" in engine else torch.float64
     model = make(network, dtype=dtype)
-    weights = []
-
-    def keep(event, state, control):
-        weights.append(whole(trainer.model))
-
     tokens = net in ("gpt2", "lora")
-    own = {"callbacks": [on(["on_step_end"], keep)]} | ({"data_collator": padded} if tokens else {})
+    data = (strokes() if tokens else digits(dtype))[:samples]
+    windows, weights = [], []
+
+    def at_step_end(event, state, control):
+        windows.append(trainer.windows)
+        trainer.windows = []
+        weights.append(whole(trainer.model))
+        control.should_training_stop |= state.global_step == stop
+
+    own = {"callbacks": [on(["on_step_end"], at_step_end)]}
     defaults = dict(per_device_train_batch_size=4, max_steps=3) | engine_arguments(engine, layer)
     trainer = trainer_for(
         model,
         folder,
         always(**{"epsilon": 0.05} | (config or {})),
         cls=Watched,
-        data=(strokes() if tokens else digits(dtype))[:samples],
-        trainer=own,
+        data=Stream(data) if stream else data,
+        trainer=own | ({"data_collator": padded} if tokens else {}),
         **defaults | kwargs,
     )
     trainer.windows = []
     if ddp:
         trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp)
-    trainer.train()
-    return {"windows": trainer.windows, "weights": weights, "logs": logs(trainer)}
+    trainer.train(resume_from_checkpoint=resume)
+    return {"windows": windows, "weights": weights, "logs": logs(trainer)}
 
 
 def engine_arguments(engine, layer):
@@ -155,7 +201,7 @@ if __name__ == "__main__":
     for name, case in runs.items():
         AcceleratorState._reset_state()
         GradientState._reset_state()
-        results[name] = run(folder, engine, **case)
+        results[name] = run(folder / name, engine=engine, **case)
     (folder / f"{distributed.get_rank()}.pkl").write_bytes(pickle.dumps(results))
     distributed.barrier()
     distributed.destroy_process_group()

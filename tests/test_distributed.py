@@ -51,20 +51,49 @@ DDP = {
 }
 
 
+# Of a trainer that was stopped and resumed, and of one that was not.
+RESUMED = dict(
+    net="dropout",
+    config={"ascent_every": 2},
+    optim="adamw_torch",
+    learning_rate=0.01,
+    lr_scheduler_type="cosine",
+    gradient_accumulation_steps=2,
+    max_steps=6,
+)
+# Data that no number of steps or ranks divides: followed by the reference, on the ranks' own batches.
+UNEVEN = {
+    "short last batch and window": dict(
+        samples=42, gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=2
+    ),
+    "stream": dict(stream=True, samples=34, gradient_accumulation_steps=2, max_steps=5),
+}
+
+
 def with_scope(scope, cases):
     return {
-        name: case | {"config": case.get("config", {}) | {"scope": scope}}
+        f"{name}, {scope}": case | {"config": case.get("config", {}) | {"scope": scope}}
         for name, case in cases.items()
     }
 
 
-def cases_of(engine):
+def compared_cases(engine):
     cases = with_scope("batch", JOINED)
     if engine in REPLICATED:
         cases |= with_scope("micro_batch", SEPARATE)
     if engine == "ddp":
         cases |= DDP
     return cases
+
+
+def uneven_cases(engine):
+    scopes = ["micro_batch", "batch"] if engine in REPLICATED else ["batch"]
+    return {k: v for scope in scopes for k, v in with_scope(scope, UNEVEN).items()}
+
+
+def cases_of(engine):
+    resumed = {"whole": RESUMED, "resumed": RESUMED | {"cut": 3}}
+    return compared_cases(engine) | uneven_cases(engine) | resumed
 
 
 @functools.cache
@@ -91,7 +120,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "engine, name", [(engine, name) for engine in ENGINES for name in cases_of(engine)]
+    "engine, name", [(engine, name) for engine in ENGINES for name in compared_cases(engine)]
 )
 def test_two_processes_train_as_one_that_sees_both_their_batches(outcomes, engine, name):
     case = cases_of(engine)[name]
@@ -106,3 +135,41 @@ def test_two_processes_train_as_one_that_sees_both_their_batches(outcomes, engin
     for here, there in zip(first["logs"][:3], one["logs"][:3], strict=True):
         for key in ("loss", "grad_norm", "amp/loss", "amp/sharpness", "amp/delta_norm"):
             assert here[key] == pytest.approx(there[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+    "engine, name", [(engine, name) for engine in ENGINES for name in uneven_cases(engine)]
+)
+def test_short_batches_short_windows_and_streams_follow_the_reference(outcomes, engine, name):
+    first, second = (rank[name] for rank in outcomes(engine))
+    config = cases_of(engine)[name]["config"]
+    tolerance = 2e-7 if "zero" in engine else 1e-12
+    theta = [param.detach().double() for param in make().parameters()]
+    assert len(first["weights"]) == len(second["weights"]) > 3
+    sizes = set()
+    for step, (mine, theirs) in enumerate(zip(first["weights"], second["weights"])):
+        total = [torch.zeros_like(param) for param in theta]
+        # A stream may end in the middle of a window, whose gradient the Trainer keeps for the next.
+        for window, other in zip(first["windows"][step], second["windows"][step], strict=True):
+            batches = [batch | {"pixels": batch["pixels"].double()} for batch in window + other]
+            sizes.add((len(batches), *(len(batch["labels"]) for batch in batches)))
+            losses = [mlp_loss(batch) for batch in batches]
+            seen = mean(losses) if config["scope"] == "batch" else None
+            gradient = average([amp_gradient(loss, theta, seen, epsilon=0.05) for loss in losses])
+            total = [a + b for a, b in zip(total, gradient)]
+        theta = reference.sgd(theta, total, 0.1)
+        for (key, value), expected in zip(mine.items(), theta, strict=True):
+            assert torch.equal(value, theirs[key])
+            torch.testing.assert_close(value.double(), expected, rtol=0, atol=tolerance)
+    assert len(sizes) > 1
+    assert max(map(len, first["windows"])) == (2 if "stream" in name else 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(outcomes, engine):
+    for rank in outcomes(engine):
+        whole, resumed = rank["whole"]["weights"], rank["resumed"]["weights"]
+        assert len(whole) == len(resumed) == 6
+        for expected, actual in zip(whole, resumed):
+            for key, value in expected.items():
+                assert torch.equal(actual[key], value), key
