@@ -77,9 +77,10 @@ class Engine:
         with self._accumulating_in(params, gradient), self.accelerator.no_sync(model):
             yield
         if self.scope == "batch" and self.accelerator.num_processes > 1:
+            # The few blocks that `joint_empty_like` laid the tensors out in.
             for block in {id(part._base): part._base for part in gradient}.values():
-                assert block is not None  # see `joint_empty_like`
-                block /= self.accelerator.num_processes
+                assert block is not None
+                block.div_(self.accelerator.num_processes)
                 distributed.all_reduce(block)
 
     @contextlib.contextmanager
@@ -257,8 +258,6 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
     def ascent(
         self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
     ) -> Iterator[None]:
-        from deepspeed.utils import safe_get_local_grad
-
         optimizer = model.optimizer
         optimizer.clear_backward_seen_flag()  # brings the count up to date
         accumulated = optimizer.micro_step_id
@@ -270,8 +269,10 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
         try:
             with self._not_stepping():
                 yield
+            sizes = {p: p.partition_numel() for group in optimizer.fp16_groups for p in group}
+            reduced = dict(zip(sizes, kept.split(list(sizes.values()))))
             for param, shard in zip(params, gradient):
-                shard.copy_(safe_get_local_grad(param)[: shard.numel()])
+                shard.copy_(reduced[param][: shard.numel()])
         finally:
             optimizer.zero_grad()
             optimizer.micro_step_id = accumulated
@@ -282,6 +283,7 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
 
     def _moved(self, model: Any) -> None:
         model.optimizer.empty_partition_cache()
+        model.optimizer.invalidate_secondary_tensor()  # ZeRO++ gathers from a second copy
 
 
 _DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -310,17 +312,35 @@ def engine_for(
             "pass, of which AMP runs two. Choose an optimizer that steps afterwards."
         )
     kind = accelerator.distributed_type
-    if isinstance(model, FSDPModule) or kind == DistributedType.FSDP and accelerator.is_fsdp2:
+    if isinstance(model, FSDPModule) or (kind == DistributedType.FSDP and accelerator.is_fsdp2):
         return _FSDP2(accelerator, config.scope)
     if kind in _DATA_PARALLEL:
         return Engine(accelerator, config.scope)
     if kind == DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        if stage in (1, 2):
+        plugin = accelerator.state.deepspeed_plugin
+        _refuse_half_precision(plugin.deepspeed_config)
+        if plugin.zero_stage in (1, 2):
             return _DeepSpeed(accelerator, config.scope)
-        if stage == 3:
+        if plugin.zero_stage == 3:
             return _DeepSpeed3(accelerator, config.scope)
     raise ValueError(
         f"AMPTrainer does not support {kind.value} like this: use one process, DDP, FSDP "
         "version 2 or DeepSpeed's ZeRO-1 to 3, or AMPConfig(epsilon=0) for the stock Trainer."
     )
+
+
+def _refuse_half_precision(config: dict[str, Any]) -> None:
+    """`config` is DeepSpeed's."""
+    for section in ("bf16", "fp16"):
+        if str(config.get(section, {}).get("enabled")).lower() == "true":
+            raise ValueError(
+                f"DeepSpeed's {section} keeps the parameters in half precision, in which a "
+                f"perturbation would round away: set {section}=False in TrainingArguments and "
+                '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} in the DeepSpeed config.'
+            )
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled") and "bf" not in str(autocast.get("dtype", "bf16")):
+        raise ValueError(
+            "AMPTrainer does not know the loss scale of DeepSpeed's torch_autocast in "
+            f"{autocast['dtype']}: set its dtype to bfloat16."
+        )

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .config import Ball
 
-
 Norms = Callable[[list[Tensor]], Tensor]
 
 

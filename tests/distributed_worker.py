@@ -8,6 +8,7 @@ import copy
 import functools
 import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -79,16 +80,6 @@ class Watched(AMPTrainer):
         return window, num_items
 
 
-class Stream(torch.utils.data.IterableDataset):
-    """Has no length."""
-
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __iter__(self):
-        return iter(self.samples)
-
-
 def run(folder, cut=None, **case):
     """What `train` returns; with `cut`, of a run that was stopped after so many steps and resumed
     by another trainer from the checkpoint saved there."""
@@ -106,15 +97,18 @@ def train(
     net="mlp",
     config=None,
     ddp=None,
+    deepspeed=None,
+    fsdp=None,
     samples=None,
     stream=False,
     stop=None,
+    killed=None,
     resume=None,
     **kwargs,
 ):
     """Returns the windows of micro-batches and the weights of every step, and the logs."""
     network, layer = NETS[net]
-    dtype = torch.float32 if "zero" in engine else torch.float64
+    dtype = torch.float32 if "zero" in engine or "bf16" in kwargs else torch.float64
     model = make(network, dtype=dtype)
     tokens = net in ("gpt2", "lora")
     data = (strokes() if tokens else digits(dtype))[:samples]
@@ -126,15 +120,27 @@ def train(
         weights.append(whole(trainer.model))
         control.should_training_stop |= state.global_step == stop
 
-    own = {"callbacks": [on(["on_step_end"], at_step_end)]}
-    defaults = dict(per_device_train_batch_size=4, max_steps=3) | engine_arguments(engine, layer)
+    def in_mid_step(event, state, control):
+        if state.global_step == killed and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    own = {
+        "callbacks": [on(["on_step_end"], at_step_end), on(["on_substep_end"], in_mid_step)],
+        "data_collator": padded if tokens else None,
+    }
+    defaults = dict(per_device_train_batch_size=4, max_steps=3)
+    if engine == "fsdp2":
+        fsdp = {"transformer_layer_cls_to_wrap": [layer]} | (fsdp or {})
+        defaults |= {"fsdp": True, "fsdp_config": fsdp}
+    elif engine.startswith("zero"):
+        defaults |= {"deepspeed": deepspeed_config(int(engine[-1]), **(deepspeed or {}))}
     trainer = trainer_for(
         model,
         folder,
         always(**{"epsilon": 0.05} | (config or {})),
         cls=Watched,
         data=Stream(data) if stream else data,
-        trainer=own | ({"data_collator": padded} if tokens else {}),
+        trainer=own,
         **defaults | kwargs,
     )
     trainer.windows = []
@@ -144,21 +150,17 @@ def train(
     return {"windows": windows, "weights": weights, "logs": logs(trainer)}
 
 
-def engine_arguments(engine, layer):
-    """Of `TrainingArguments`, on the CPU."""
-    if engine == "fsdp2":
-        return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": [layer]}}
-    if engine.startswith("zero"):
-        # A threshold above which ZeRO-3 partitions, and below which it keeps parameters gathered.
-        zero = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 100}
-        taken_over = (
-            "train_micro_batch_size_per_gpu",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-        )
-        return {"deepspeed": dict.fromkeys(taken_over, "auto") | {"zero_optimization": zero}}
-    return {}
+def deepspeed_config(stage, zero_optimization=None, **options):
+    taken_over = (
+        "train_micro_batch_size_per_gpu",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
+    # ZeRO-3 does not partition parameters below the threshold: have some on both sides.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 100}
+    options["zero_optimization"] = zero | (zero_optimization or {})
+    return dict.fromkeys(taken_over, "auto") | options
 
 
 def shard_on_the_cpu():
