@@ -23,6 +23,17 @@ from .config import AMPConfig, Scope
 from .perturbation import Norms, Perturbation, local_norms
 
 
+@contextlib.contextmanager
+def temporarily(owner: object, name: str, value: object) -> Iterator[None]:
+    """`owner.name` is `value` inside. `AttributeError` where there is no such attribute."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 class Engine:
     """One process, and DDP: each rank has all of every parameter, and a gradient of its own.
 
@@ -59,11 +70,7 @@ class Engine:
 
     @contextlib.contextmanager
     def ascent(
-        self,
-        model: nn.Module,
-        params: list[nn.Parameter],
-        gradient: list[Tensor],
-        last: bool,
+        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
     ) -> Iterator[None]:
         """Around the passes of one ascent, which find no gradients accumulated and step nothing.
 
@@ -161,11 +168,7 @@ class _FSDP2(_Sharded):
 
     @contextlib.contextmanager
     def ascent(
-        self,
-        model: nn.Module,
-        params: list[nn.Parameter],
-        gradient: list[Tensor],
-        last: bool,
+        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
     ) -> Iterator[None]:
         # Whether the pass that follows is: torch does not tell.
         options = self.accelerator.gradient_state.plugin_kwargs
@@ -213,14 +216,13 @@ class _DeepSpeed(Engine):
     ) -> Iterator[None]:
         # What DeepSpeedEngine.coalesce_grad_reduction sets, without the reduction that it ends in:
         # gradients stay where autograd leaves them, and nothing is done to those accumulated.
-        with super().ascent(model, params, gradient, last), self._not_stepping():
-            model.inside_no_sync_ctxt = True
-            model.optimizer._coalesce_grad_reduction = True
-            try:
-                yield
-            finally:
-                model.inside_no_sync_ctxt = False
-                model.optimizer._coalesce_grad_reduction = False
+        with (
+            super().ascent(model, params, gradient, last),
+            temporarily(self.accelerator, "sync_gradients", False),
+            temporarily(model, "inside_no_sync_ctxt", True),
+            temporarily(model.optimizer, "_coalesce_grad_reduction", True),
+        ):
+            yield
 
     @contextlib.contextmanager
     def before_step(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
@@ -229,15 +231,6 @@ class _DeepSpeed(Engine):
             yield
         finally:
             hook.remove()
-
-    @contextlib.contextmanager
-    def _not_stepping(self) -> Iterator[None]:
-        synchronized = self.accelerator.sync_gradients
-        self.accelerator.sync_gradients = False
-        try:
-            yield
-        finally:
-            self.accelerator.sync_gradients = synchronized
 
 
 class _DeepSpeed3(_Sharded, _DeepSpeed):
@@ -267,7 +260,7 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
         kept.zero_()
         optimizer.zero_grad()
         try:
-            with self._not_stepping():
+            with temporarily(self.accelerator, "sync_gradients", False):
                 yield
             sizes = {p: p.partition_numel() for group in optimizer.fp16_groups for p in group}
             reduced = dict(zip(sizes, kept.split(list(sizes.values()))))

@@ -209,7 +209,6 @@ def build(
     set_seed(args.seed)
     names = train.features[label_column].names
     model = build_model(images.model, names, images.image_size, images.from_scratch)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     geometry, mean, std = preprocessing(model)
 
     def dataset(rows: Any, limit: int | None, transform: Any, name: str) -> ImageDataset:
@@ -243,6 +242,9 @@ def build(
         compute_metrics=compute_metrics,
         callbacks=[EpochCallback()],
     )
+    # FSDP and DeepSpeed shard contiguous parameters only.
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.model.to(memory_format=torch.channels_last)
     return trainer, test and dataset(test, images.max_eval_samples, plain, "test")
 
 

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
-from .engine import Engine, engine_for
+from .engine import Engine, engine_for, temporarily
 from .parameters import ModelTensors, perturbed_parameters
 from .perturbation import Perturbation
 from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
@@ -294,23 +294,15 @@ class AMPTrainerMixin(_Parent):
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """To the Trainer, the micro-batches inside are those of a step on one process."""
-        average = self.args.average_tokens_across_devices
-        self.args.average_tokens_across_devices = False
-        try:
-            with self._accumulating(1):
-                yield
-        finally:
-            self.args.average_tokens_across_devices = average
-
-    @contextlib.contextmanager
-    def _accumulating(self, micro_batches: int) -> Iterator[None]:
-        """The Trainer divides a loss by the number of micro-batches: inside, it is this one."""
-        steps = self.current_gradient_accumulation_steps
-        self.current_gradient_accumulation_steps = micro_batches
-        try:
+        with (
+            self._accumulating(1),
+            temporarily(self.args, "average_tokens_across_devices", False),
+        ):
             yield
-        finally:
-            self.current_gradient_accumulation_steps = steps
+
+    def _accumulating(self, micro_batches: int) -> contextlib.AbstractContextManager[None]:
+        """The Trainer divides a loss by the number of micro-batches: inside, it is this one."""
+        return temporarily(self, "current_gradient_accumulation_steps", micro_batches)
 
     def _start_window(self, window: list) -> None:
         """Forgets the optimizer step before, which a callback may have ended early."""

@@ -58,11 +58,16 @@ def partly_frozen():
     return model
 
 
+def channels_last():
+    return ConvNet(dropout=0.0).to(memory_format=torch.channels_last)
+
+
 # A network, and the class of its layers that FSDP shards one by one.
 NETS = {
     "mlp": (MLP, "Linear"),
     "conv": (functools.partial(ConvNet, dropout=0.0), "Conv2d"),
     "dropout": (ConvNet, "Conv2d"),
+    "channels_last": (channels_last, "Conv2d"),
     "partly_used": (PartlyUsed, "Linear"),
     "partly_frozen": (partly_frozen, "Linear"),
     "gpt2": (functools.partial(language_model, dropout=0.0), "GPT2Block"),
@@ -179,7 +184,10 @@ def shard_on_the_cpu():
 
 def whole(model):
     """The parameters, gathered from all ranks."""
-    return {name: whole_tensor(p).detach().clone() for name, p in model.named_parameters()}
+    return {
+        name.replace("_orig_mod.", ""): whole_tensor(param).detach().clone()
+        for name, param in model.named_parameters()
+    }
 
 
 def whole_tensor(param):

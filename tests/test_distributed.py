@@ -33,6 +33,7 @@ JOINED = {
     "tokens": dict(net="gpt2", gradient_accumulation_steps=2),
     "checkpointing": dict(net="gpt2", activation_checkpointing=True),
     "adapters": dict(net="lora", gradient_accumulation_steps=2),
+    "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager"),
 }
 SEPARATE = {
     "own": dict(config={"inner_steps": 2, "inner_lr": 0.3}, gradient_accumulation_steps=2),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import sharded_recipe
 import torch
 from images import parquet_folder, rows
 from transformers import AutoModelForImageClassification
@@ -60,6 +61,26 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
     assert found["epoch"] == 2.0
     assert AMPConfig.from_json_file(tmp_path / "amp_config.json").epsilon == 0.2
     assert f'pipeline("image-classification", model="{tmp_path}")' in out
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", sorted((RECIPES / "accelerate").iterdir()), ids=lambda p: p.stem)
+def test_every_accelerate_config_starts_a_recipe_that_saves_a_model(tmp_path, data, config):
+    recipe = [RECIPES / "train_gtsrb.py"]
+    if config.stem == "fsdp2":
+        recipe.insert(0, sharded_recipe.__file__)
+    run(
+        *("-m", "accelerate.commands.launch", "--config_file", config, *recipe),
+        *f"{SMALL} --per_device_train_batch_size=8 --dataset={data}".split(),
+        *f"--ascent_start=0 --logging_steps=1 --output_dir={tmp_path}".split(),
+    )
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 320 // (8 if config.stem == "single" else 16)
+    norms = [entry["amp/delta_norm"] for entry in state["log_history"][:-1]]
+    assert norms == pytest.approx([0.1] * state["global_step"], rel=1e-6)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert results(tmp_path)["test_nll"] > 0
 
 
 def test_a_yaml_file_sets_arguments_and_the_command_line_overrides_them(tmp_path):
