@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,12 +136,14 @@ class _Sharded(Engine):
     scopes = ("batch",)
 
     def _norms(self, params: list[nn.Parameter]) -> Norms:
-        copies = torch.tensor([self._copies(param) for param in params])
+        roots = [math.sqrt(self._copies(param)) for param in params]
 
         def norms(shards: list[Tensor]) -> Tensor:
-            """By one reduction for all of them."""
-            local = local_norms(shards)
-            squares = (local**2 / copies.to(local)).to(self.accelerator.device)
+            """By one reduction for all of them, in which a shard counts as often as it is kept."""
+            parts = torch._foreach_norm(shards)
+            torch._foreach_div_(parts, roots)
+            local = torch.stack(parts)
+            squares = local.to(self.accelerator.device).square()
             distributed.all_reduce(squares)
             return squares.sqrt().to(local)
 
@@ -279,9 +282,6 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
         model.optimizer.invalidate_secondary_tensor()  # ZeRO++ gathers from a second copy
 
 
-_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
 def engine_for(
     config: AMPConfig, accelerator: Accelerator, args: TrainingArguments, model: nn.Module
 ) -> Engine:
@@ -304,21 +304,32 @@ def engine_for(
             f"AMPTrainer cannot use optim={optimizer!r}: it steps inside of the backward "
             "pass, of which AMP runs two. Choose an optimizer that steps afterwards."
         )
+    plan = accelerator.parallelism_config
+    if getattr(model, "is_distributed_loading_by_transformers", False) or (
+        plan and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled)
+    ):
+        raise _unsupported("a model or sequences split over several ranks")
+
     kind = accelerator.distributed_type
     if isinstance(model, FSDPModule) or (kind == DistributedType.FSDP and accelerator.is_fsdp2):
         return _FSDP2(accelerator, config.scope)
-    if kind in _DATA_PARALLEL:
-        return Engine(accelerator, config.scope)
+    if kind == DistributedType.FSDP:
+        raise _unsupported("FSDP version 1")
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         _refuse_half_precision(plugin.deepspeed_config)
-        if plugin.zero_stage in (1, 2):
-            return _DeepSpeed(accelerator, config.scope)
-        if plugin.zero_stage == 3:
-            return _DeepSpeed3(accelerator, config.scope)
-    raise ValueError(
-        f"AMPTrainer does not support {kind.value} like this: use one process, DDP, FSDP "
-        "version 2 or DeepSpeed's ZeRO-1 to 3, or AMPConfig(epsilon=0) for the stock Trainer."
+        if plugin.zero_stage == 0:
+            raise _unsupported("DeepSpeed without ZeRO")
+        return (_DeepSpeed3 if plugin.zero_stage == 3 else _DeepSpeed)(accelerator, config.scope)
+    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise _unsupported(kind.value)
+    return Engine(accelerator, config.scope)
+
+
+def _unsupported(what: str) -> ValueError:
+    return ValueError(
+        f"AMPTrainer does not support {what}: use one process, DDP, FSDP version 2 or DeepSpeed's "
+        "ZeRO-1 to 3, or AMPConfig(epsilon=0) for the stock Trainer."
     )
 
 

@@ -78,16 +78,29 @@ NETS = {
 class Watched(AMPTrainer):
     """Keeps the micro-batches of every step."""
 
+    windows = ()
+
     def get_batch_samples(self, *args):
         window, num_items = super().get_batch_samples(*args)
         if window:
-            self.windows.append(copy.deepcopy(window))
+            self.windows = [*self.windows, copy.deepcopy(window)]
         return window, num_items
 
 
-def run(folder, cut=None, **case):
-    """What `train` returns; with `cut`, of a run that was stopped after so many steps and resumed
-    by another trainer from the checkpoint saved there."""
+def run(folder, cut=None, refused=False, **case):
+    """What `train` returns.
+
+    Args:
+        cut: the run is stopped after so many steps, and resumed by another trainer from the
+            checkpoint saved there.
+        refused: what the constructor's refusal says, instead.
+    """
+    if refused:
+        try:
+            trainer_of(folder, **case)
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("was not refused")
     if cut is None:
         return train(folder, **case)
     case |= {"save_strategy": "steps", "save_steps": cut}
@@ -96,7 +109,28 @@ def run(folder, cut=None, **case):
     return {key: first[key] + rest[key] for key in first}
 
 
-def train(
+def train(folder, stop=None, killed=None, resume=None, **case):
+    """Returns the windows of micro-batches and the weights of every step, and the logs."""
+    windows, weights = [], []
+
+    def at_step_end(event, state, control):
+        windows.append(trainer.windows)
+        trainer.windows = ()
+        weights.append(whole(trainer.model))
+        control.should_training_stop |= state.global_step == stop
+
+    def in_mid_step(event, state, control):
+        if state.global_step == killed and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = trainer_of(folder, **case)
+    trainer.add_callback(on(["on_step_end"], at_step_end))
+    trainer.add_callback(on(["on_substep_end"], in_mid_step))
+    trainer.train(resume_from_checkpoint=resume)
+    return {"windows": windows, "weights": weights, "logs": logs(trainer)}
+
+
+def trainer_of(
     folder,
     engine="plain",
     net="mlp",
@@ -106,33 +140,12 @@ def train(
     fsdp=None,
     samples=None,
     stream=False,
-    stop=None,
-    killed=None,
-    resume=None,
     **kwargs,
 ):
-    """Returns the windows of micro-batches and the weights of every step, and the logs."""
     network, layer = NETS[net]
     dtype = torch.float32 if "zero" in engine or "bf16" in kwargs else torch.float64
-    model = make(network, dtype=dtype)
     tokens = net in ("gpt2", "lora")
     data = (strokes() if tokens else digits(dtype))[:samples]
-    windows, weights = [], []
-
-    def at_step_end(event, state, control):
-        windows.append(trainer.windows)
-        trainer.windows = []
-        weights.append(whole(trainer.model))
-        control.should_training_stop |= state.global_step == stop
-
-    def in_mid_step(event, state, control):
-        if state.global_step == killed and distributed.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    own = {
-        "callbacks": [on(["on_step_end"], at_step_end), on(["on_substep_end"], in_mid_step)],
-        "data_collator": padded if tokens else None,
-    }
     defaults = dict(per_device_train_batch_size=4, max_steps=3)
     if engine == "fsdp2":
         fsdp = {"transformer_layer_cls_to_wrap": [layer]} | (fsdp or {})
@@ -140,19 +153,17 @@ def train(
     elif engine.startswith("zero"):
         defaults |= {"deepspeed": deepspeed_config(int(engine[-1]), **(deepspeed or {}))}
     trainer = trainer_for(
-        model,
+        make(network, dtype=dtype),
         folder,
         always(**{"epsilon": 0.05} | (config or {})),
         cls=Watched,
         data=Stream(data) if stream else data,
-        trainer=own,
+        trainer={"data_collator": padded} if tokens else None,
         **defaults | kwargs,
     )
-    trainer.windows = []
     if ddp:
         trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp)
-    trainer.train(resume_from_checkpoint=resume)
-    return {"windows": windows, "weights": weights, "logs": logs(trainer)}
+    return trainer
 
 
 def deepspeed_config(stage, zero_optimization=None, **options):

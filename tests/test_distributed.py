@@ -88,6 +88,23 @@ OF_ENGINE = {
         "bf16": dict(deepspeed={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
     },
 }
+REFUSED = {
+    "fsdp2": {
+        "micro_batch": (dict(config={"scope": "micro_batch"}), "over all ranks, and they share"),
+    },
+    "zero2": {
+        "no ZeRO": (dict(deepspeed={"zero_optimization": {"stage": 0}}), "DeepSpeed without ZeRO"),
+        "bf16": (dict(deepspeed={"bf16": {"enabled": "auto"}}, bf16=True), "set bf16=False in"),
+        "fp16": (dict(deepspeed={"fp16": {"enabled": True}}), "set fp16=False in"),
+        "fp16 autocast": (
+            dict(deepspeed={"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+            "set its dtype to bfloat16",
+        ),
+    },
+    "zero3": {
+        "micro_batch": (dict(config={"scope": "micro_batch"}), "over all ranks, and they share"),
+    },
+}
 # Of a trainer that was stopped and resumed, and of one that was not.
 RESUMED = dict(
     net="dropout",
@@ -128,7 +145,11 @@ def uneven_cases(engine):
 
 def cases_of(engine):
     resumed = {"whole": RESUMED, "resumed": RESUMED | {"cut": 3}}
-    return compared_cases(engine) | uneven_cases(engine) | resumed
+    refused = {
+        f"refused, {name}": case | {"refused": True}
+        for name, (case, _) in REFUSED.get(engine, {}).items()
+    }
+    return compared_cases(engine) | uneven_cases(engine) | resumed | refused
 
 
 def launch(folder, engine, cases):
@@ -224,6 +245,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(outcomes, engine)
         for expected, actual in zip(whole, resumed):
             for key, value in expected.items():
                 assert torch.equal(actual[key], value), key
+
+
+@pytest.mark.parametrize(
+    "engine, name", [(engine, name) for engine, cases in REFUSED.items() for name in cases]
+)
+def test_what_would_not_be_exact_is_refused_in_one_line_by_the_constructor(outcomes, engine, name):
+    said = REFUSED[engine][name][1]
+    for rank in outcomes(engine):
+        assert said in rank[f"refused, {name}"]
+        assert "\n" not in rank[f"refused, {name}"]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])

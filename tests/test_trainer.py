@@ -2,12 +2,13 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from accelerate import DistributedType
+from accelerate import DistributedType, ParallelismConfig
 from accelerate.state import AcceleratorState
 from support import (
     MLP,
@@ -264,11 +265,29 @@ def test_what_amp_would_be_wrong_with_is_refused_in_one_line_that_says_what_to_d
     trainer_for(model(), tmp_path, always(epsilon=0), data=digits(), **kwargs)  # that is stock
 
 
-@pytest.mark.parametrize("kind", [DistributedType.MEGATRON_LM, DistributedType.XLA])
-def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (DistributedType.MEGATRON_LM, "MEGATRON_LM"),
+        (DistributedType.XLA, "XLA"),
+        (DistributedType.FSDP, "FSDP version 1"),
+    ],
+)
+def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind, name):
     trainer = trainer_for(make(), tmp_path, always())
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
-    with pytest.raises(ValueError, match=r"does not support .*, or AMPConfig\(epsilon=0\)"):
+    plugin = SimpleNamespace(fsdp_version=1)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    with pytest.raises(ValueError, match=f"does not support {name}: use one process, DDP"):
+        engine_for(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+
+
+@pytest.mark.parametrize("split", ["tp_size", "cp_size"])
+def test_a_model_that_is_split_over_ranks_is_refused(tmp_path, monkeypatch, split):
+    trainer = trainer_for(make(), tmp_path, always())
+    plan = ParallelismConfig(**{split: 2})
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
+    with pytest.raises(ValueError, match="does not support a model or sequences split over"):
         engine_for(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
 
 
