@@ -196,7 +196,7 @@ def shard_on_the_cpu():
 def whole(model):
     """The parameters, gathered from all ranks."""
     return {
-        name.replace("_orig_mod.", ""): whole_tensor(param).detach().clone()
+        name.replace("_orig_mod.", ""): whole_tensor(param).detach().cpu().clone()
         for name, param in model.named_parameters()
     }
 
@@ -214,7 +214,7 @@ def whole_tensor(param):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     shard_on_the_cpu()
     folder = Path(sys.argv[1])
     engine, runs = pickle.loads((folder / "runs.pkl").read_bytes())
@@ -224,5 +224,5 @@ if __name__ == "__main__":
         GradientState._reset_state()
         results[name] = run(folder / name, engine=engine, **case)
     (folder / f"{distributed.get_rank()}.pkl").write_bytes(pickle.dumps(results))
-    distributed.barrier()
+    distributed.barrier()  # one that leaves early would fail the others
     distributed.destroy_process_group()

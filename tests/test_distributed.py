@@ -18,7 +18,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 pytestmark = pytest.mark.distributed
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 REPLICATED = ["ddp", "zero1", "zero2"]
 
@@ -152,9 +151,10 @@ def cases_of(engine):
     return compared_cases(engine) | uneven_cases(engine) | resumed | refused
 
 
-def launch(folder, engine, cases):
+def launch(folder, engine, cases, processes=2):
     (folder / "runs.pkl").write_bytes(pickle.dumps((engine, cases)))
-    command = [*TORCHRUN, distributed_worker.__file__, str(folder)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *torchrun, distributed_worker.__file__, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -40,6 +40,7 @@ from support import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
@@ -515,6 +516,30 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
         assert results[0][key] == results[1][key], key
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"inner_steps": 2, "scope": "batch"}, {"ascent_start": 0.5}]
+)
+def test_a_compiled_model_is_compiled_once_and_trains_to_the_bit(tmp_path, config):
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    count = on(["on_step_end"], lambda *_: graphs.append(counters["stats"]["unique_graphs"]))
+    # The backend that traces all and computes eagerly: dropout draws the same numbers.
+    compiled, eager = (
+        train(
+            make(ConvNet),
+            tmp_path,
+            always(**config),
+            gradient_accumulation_steps=2,
+            trainer={"callbacks": [count]},
+            **kwargs,
+        )
+        for kwargs in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {})
+    )
+    assert graphs[:8] == [1] * 8
+    assert not differing(weights(compiled.model), weights(eager.model))
+
+
 def test_training_twice_with_one_trainer_goes_on_from_where_it_was(tmp_path):
     trainer = trainer_for(make(dtype=torch.float64), tmp_path, always())
     trainer.train()
@@ -534,7 +559,7 @@ def test_bf16_autocast_over_float32_weights_is_displaced_and_stays_finite(tmp_pa
 
 
 def test_with_lora_only_the_adapters_are_displaced_and_trained(tmp_path):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     def adapted():
         return get_peft_model(
@@ -557,6 +582,13 @@ def test_with_lora_only_the_adapters_are_displaced_and_trained(tmp_path):
     assert all("lora_" in name for name in moved)
     assert displaced == moved
     assert logged(trainer, "amp/delta_norm") == pytest.approx([0.01] * 2, rel=1e-6)
+
+    trainer.save_model(tmp_path)
+    loaded = PeftModel.from_pretrained(make(language_model), tmp_path)
+    tokens = strokes()[0]["input_ids"][None]
+    expected = model.eval()(tokens).logits
+    assert torch.equal(loaded.eval()(tokens).logits, expected)
+    torch.testing.assert_close(loaded.merge_and_unload()(tokens).logits, expected)
 
 
 # Losses and models that do as they like

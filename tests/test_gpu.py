@@ -1,0 +1,73 @@
+"""What only a GPU can show: half precision, CUDA graphs, and FSDP as Accelerate starts it."""
+
+import functools
+import pickle
+
+import pytest
+import torch
+from support import ConvNet, always, logged, make, train, weights
+from test_distributed import launch
+from torch._dynamo.utils import counters
+
+pytestmark = pytest.mark.gpu
+
+plain_net = functools.partial(ConvNet, dropout=0.0)
+
+
+def on_gpu(folder, **kwargs):
+    return train(make(plain_net), folder, always(inner_steps=2), use_cpu=False, **kwargs)
+
+
+def assert_close(actual, expected, atol):
+    for name, value in weights(expected.model).items():
+        torch.testing.assert_close(weights(actual.model)[name], value, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_half_precision_trains_as_full_precision_does(tmp_path, precision):
+    actual, expected = on_gpu(tmp_path, **{precision: True}), on_gpu(tmp_path, tf32=False)
+    assert logged(actual, "amp/delta_norm")[-4:] == pytest.approx([0.1] * 4, rel=1e-3)
+    assert all(tensor.isfinite().all() for tensor in weights(actual.model).values())
+    assert logged(actual, "loss")[-1] == pytest.approx(logged(expected, "loss")[-1], rel=0.1)
+
+
+def test_an_overflow_in_fp16_reaches_no_weight_and_lowers_the_scale(tmp_path):
+    trainer = on_gpu(tmp_path, fp16=True, max_steps=1)
+    start = trainer.accelerator.scaler.get_scale()
+    for param in trainer.model.parameters():  # so large that float16 overflows
+        param.data.mul_(1e4)
+    before = [param.clone() for param in trainer.model.parameters()]
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() < start
+    assert all(map(torch.equal, trainer.model.parameters(), before))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_steps_equal_eager_ones_without_recompilation(tmp_path, mode):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = on_gpu(tmp_path, torch_compile=True, torch_compile_mode=mode, max_steps=8)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_close(compiled, on_gpu(tmp_path, max_steps=8), atol=1e-3)
+
+
+def test_channels_last_changes_nothing_but_the_rounding(tmp_path):
+    model = make(plain_net).to(memory_format=torch.channels_last)
+    actual = train(model, tmp_path, always(inner_steps=2), use_cpu=False)
+    assert_close(actual, on_gpu(tmp_path), atol=1e-3)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_fsdp_with_one_rank_trains_as_one_process(tmp_path, bf16):
+    case = dict(net="conv", config={"inner_steps": 2, "scope": "batch"}, use_cpu=False)
+    case |= {"bf16": True} if bf16 else {}
+    runs = []
+    for engine in ("plain", "fsdp2"):
+        folder = tmp_path / engine
+        folder.mkdir()
+        done = launch(folder, engine, {"run": case}, processes=1)
+        assert done.returncode == 0, done.stderr[-4000:]
+        runs.append(pickle.loads((folder / "0.pkl").read_bytes())["run"]["weights"])
+    for expected, actual in zip(*runs, strict=True):
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=0, atol=2e-2 if bf16 else 1e-5)
