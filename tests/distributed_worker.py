@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from support import (
 )
 from torch import distributed
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from amp_hf import AMPTrainer
 
@@ -110,7 +112,7 @@ def run(folder, cut=None, refused=False, **case):
 
 
 def train(folder, stop=None, killed=None, resume=None, **case):
-    """Returns the windows of micro-batches and the weights of every step, and the logs."""
+    """Returns the micro-batches and the weights of every step, the logs, and the collectives."""
     windows, weights = [], []
 
     def at_step_end(event, state, control):
@@ -126,8 +128,14 @@ def train(folder, stop=None, killed=None, resume=None, **case):
     trainer = trainer_of(folder, **case)
     trainer.add_callback(on(["on_step_end"], at_step_end))
     trainer.add_callback(on(["on_substep_end"], in_mid_step))
-    trainer.train(resume_from_checkpoint=resume)
-    return {"windows": windows, "weights": weights, "logs": logs(trainer)}
+    with CommDebugMode() as communication:
+        trainer.train(resume_from_checkpoint=resume)
+    return {
+        "windows": windows,
+        "weights": weights,
+        "logs": logs(trainer),
+        "collectives": Counter({str(op): n for op, n in communication.comm_counts.items()}),
+    }
 
 
 def trainer_of(
@@ -140,6 +148,7 @@ def trainer_of(
     fsdp=None,
     samples=None,
     stream=False,
+    loss_scale=None,
     **kwargs,
 ):
     network, layer = NETS[net]
@@ -163,6 +172,8 @@ def trainer_of(
     )
     if ddp:
         trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp)
+    if loss_scale:
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
     return trainer
 
 

@@ -56,12 +56,15 @@ OF_ENGINE = {
             activation_checkpointing_kwargs={"use_reentrant": True},
         ),
         "bf16": dict(bf16=True),
+        "scaled": dict(loss_scale=1024.0, gradient_accumulation_steps=2),
     },
     "fsdp2": {
         "kept gathered after forward": dict(fsdp={"reshard_after_forward": False}),
         "bf16": dict(bf16=True, gradient_accumulation_steps=2),
+        "scaled": dict(loss_scale=1024.0, gradient_accumulation_steps=2),
     },
     "zero1": {
+        "bf16": dict(deepspeed={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
         "offloaded": dict(deepspeed=OFFLOADED),
         "reentrant checkpointing": dict(
             net="gpt2",
@@ -104,6 +107,24 @@ REFUSED = {
         "micro_batch": (dict(config={"scope": "micro_batch"}), "over all ranks, and they share"),
     },
 }
+# What three perturbed steps communicate more than three of the stock Trainer, by scope.
+MORE_COLLECTIVES = {
+    "ddp": {"micro_batch": {}, "batch": {"c10d.allreduce_": 3}},
+    "zero1": {"micro_batch": {}, "batch": {"c10d.allreduce_": 3}},
+    "zero2": {"micro_batch": {}, "batch": {"c10d.allreduce_": 3}},
+    # The ascents' own passes, one of two micro-batches a step, and the norms.
+    "fsdp2": {
+        "batch": {
+            "c10d._allgather_base_": 24,
+            "c10d._reduce_scatter_base_": 12,
+            "c10d.allreduce_": 3,
+        }
+    },
+    "zero3": {
+        "batch": {"c10d._allgather_base_": 6, "c10d._reduce_scatter_base_": 6, "c10d.allreduce_": 3}
+    },
+}
+COUNTED = dict(gradient_accumulation_steps=2, logging_steps=100)
 # Of a trainer that was stopped and resumed, and of one that was not.
 RESUMED = dict(
     net="dropout",
@@ -148,7 +169,10 @@ def cases_of(engine):
         f"refused, {name}": case | {"refused": True}
         for name, (case, _) in REFUSED.get(engine, {}).items()
     }
-    return compared_cases(engine) | uneven_cases(engine) | resumed | refused
+    counted = {"stock": COUNTED | {"config": {"epsilon": 0}}}
+    for scope in MORE_COLLECTIVES[engine]:
+        counted |= with_scope(scope, {"counted": COUNTED})
+    return compared_cases(engine) | uneven_cases(engine) | resumed | refused | counted
 
 
 def launch(folder, engine, cases, processes=2):
@@ -181,9 +205,12 @@ def alone(case):
     return distributed_worker.run("/tmp/unused", **pickle.loads(case))
 
 
+_OF_ENGINES = ("ddp", "fsdp", "deepspeed", "loss_scale")
+
+
 def expected(engine, case):
     """The results of one process."""
-    case = {key: value for key, value in case.items() if key not in ("ddp", "fsdp", "deepspeed")}
+    case = {key: value for key, value in case.items() if key not in _OF_ENGINES}
     case["gradient_accumulation_steps"] = 2 * case.get("gradient_accumulation_steps", 1)
     if engine not in REPLICATED:  # what `scope=None` is there
         case["config"] = case.get("config", {}) | {"scope": "batch"}
@@ -206,7 +233,9 @@ def test_two_processes_train_as_one_that_sees_both_their_batches(outcomes, engin
     relative = 3e-2 if name == "bf16" else 1e-4
     for here, there in zip(first["logs"][:3], one["logs"][:3], strict=True):
         for key in ("loss", "grad_norm", "amp/loss", "amp/sharpness", "amp/delta_norm"):
-            assert here[key] == pytest.approx(there[key], rel=relative, abs=1e-6), key
+            # The Trainer logs the gradient as it finds it.
+            scale = case.get("loss_scale", 1) if key == "grad_norm" else 1
+            assert here[key] / scale == pytest.approx(there[key], rel=relative, abs=1e-6), key
 
 
 @pytest.mark.parametrize(
@@ -235,6 +264,16 @@ def test_short_batches_short_windows_and_streams_follow_the_reference(outcomes, 
             torch.testing.assert_close(value.double(), expected, rtol=0, atol=tolerance)
     assert len(sizes) > 1
     assert max(map(len, first["windows"])) == (2 if "stream" in name else 1)
+
+
+@pytest.mark.parametrize(
+    "engine, scope", [(engine, scope) for engine in ENGINES for scope in MORE_COLLECTIVES[engine]]
+)
+def test_a_perturbed_step_communicates_no_more_than_it_must(outcomes, engine, scope):
+    for rank in outcomes(engine):
+        stock, counted = (rank[name]["collectives"] for name in ("stock", f"counted, {scope}"))
+        assert counted - stock == MORE_COLLECTIVES[engine][scope]
+        assert not stock - counted
 
 
 @pytest.mark.parametrize("engine", ENGINES)
