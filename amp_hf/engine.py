@@ -77,10 +77,10 @@ class Engine:
 
         Args:
             params: the perturbed parameters.
-            last: whether the Trainer's pass that follows is the last of its optimizer step.
             gradient: zeros, shaped like their shards. When the body has ended it holds the sum of
                 the gradients of its backward passes: under `scope="batch"` the mean over all ranks,
                 else of this rank alone, without any communication of gradients.
+            last: whether the Trainer's pass that follows is the last of its optimizer step.
         """
         with self._accumulating_in(params, gradient), self.accelerator.no_sync(model):
             yield
@@ -112,10 +112,13 @@ class Engine:
         norms, moved = self._norms(params), functools.partial(self._moved, model)
         return Perturbation(shards, config.epsilon, config.ball, norms, moved)
 
-    def before_step(
-        self, model: nn.Module, restore: Callable[[], None]
+    def descent(
+        self, model: Any, restore: Callable[[], None]
     ) -> contextlib.AbstractContextManager[None]:
-        """Where a backward pass inside goes on to the optimizer's step, `restore` comes before."""
+        """Around the Trainer's own pass, at θ + Δ.
+
+        Where the optimizer steps within it, `restore` comes before.
+        """
         return contextlib.nullcontext()
 
     def _like(self, param: Tensor, shard: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ class _FSDP2(_Sharded):
         shards = 1
         if isinstance(param, DTensor):
             for size, placement in zip(param.device_mesh.shape, param.placements):
-                shards *= size if placement.is_shard() else 1
+                shards *= 1 if placement.is_replicate() else size
         return self.accelerator.num_processes // shards
 
     @contextlib.contextmanager
@@ -183,10 +186,18 @@ class _FSDP2(_Sharded):
         # Every pass is reduced: the shards accumulate, and no whole gradient is kept.
         model.set_requires_gradient_sync(True)
         try:
-            with self._accumulating_in(params, gradient):
+            with self._accumulating_in(params, gradient), self.descent(model, lambda: None):
                 yield
         finally:
             model.set_requires_gradient_sync(synchronized)
+
+    @contextlib.contextmanager
+    def descent(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            model.reset_iter_state()  # else what it gathered at θ + Δ would be computed with
+            raise
 
     def _moved(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -224,11 +235,12 @@ class _DeepSpeed(Engine):
             temporarily(self.accelerator, "sync_gradients", False),
             temporarily(model, "inside_no_sync_ctxt", True),
             temporarily(model.optimizer, "_coalesce_grad_reduction", True),
+            temporarily(model.optimizer, "use_grad_accum_attribute", False),
         ):
             yield
 
     @contextlib.contextmanager
-    def before_step(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
+    def descent(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
         hook = model.basic_optimizer.register_step_pre_hook(lambda *_: restore())
         try:
             yield
@@ -247,8 +259,8 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
         padding = max(0, min(size, (rank + 1) * size - param.ds_numel))
         return param.ds_tensor[: size - padding]
 
-    def _copies(self, param: Tensor) -> int:
-        return 1
+    def _copies(self, param: Any) -> int:
+        return self.accelerator.num_processes // distributed.get_world_size(param.ds_process_group)
 
     @contextlib.contextmanager
     def ascent(
@@ -278,8 +290,12 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
                 kept.copy_(aside)
 
     def _moved(self, model: Any) -> None:
+        from deepspeed.accelerator import get_accelerator
+
         model.optimizer.empty_partition_cache()
         model.optimizer.invalidate_secondary_tensor()  # ZeRO++ gathers from a second copy
+        # DeepSpeed gathers on a stream that does not wait for this one; it does the same in `step`.
+        get_accelerator().synchronize()
 
 
 def engine_for(
@@ -317,7 +333,7 @@ def engine_for(
         raise _unsupported("FSDP version 1")
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
-        _refuse_half_precision(plugin.deepspeed_config)
+        _check_deepspeed(plugin.deepspeed_config)
         if plugin.zero_stage == 0:
             raise _unsupported("DeepSpeed without ZeRO")
         return (_DeepSpeed3 if plugin.zero_stage == 3 else _DeepSpeed)(accelerator, config.scope)
@@ -333,18 +349,23 @@ def _unsupported(what: str) -> ValueError:
     )
 
 
-def _refuse_half_precision(config: dict[str, Any]) -> None:
-    """`config` is DeepSpeed's."""
+def _check_deepspeed(config: dict[str, Any]) -> None:
     for section in ("bf16", "fp16"):
         if str(config.get(section, {}).get("enabled")).lower() == "true":
             raise ValueError(
                 f"DeepSpeed's {section} keeps the parameters in half precision, in which a "
-                f"perturbation would round away: set {section}=False in TrainingArguments and "
-                '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} in the DeepSpeed config.'
+                f"perturbation would round away: without {section}, pass a DeepSpeed file with "
+                '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} as TrainingArguments\' '
+                "deepspeed."
             )
     autocast = config.get("torch_autocast", {})
     if autocast.get("enabled") and "bf" not in str(autocast.get("dtype", "bf16")):
         raise ValueError(
             "AMPTrainer does not know the loss scale of DeepSpeed's torch_autocast in "
             f"{autocast['dtype']}: set its dtype to bfloat16."
+        )
+    if config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
+        raise ValueError(
+            "AMPTrainer cannot perturb parameters that are offloaded to nvme: set offload_param's "
+            "device to cpu in the DeepSpeed config."
         )

@@ -128,7 +128,7 @@ class AMPTrainerMixin(_Parent):
                 self._ascend(model, inputs, num_items_in_batch)
             with (
                 self._norm_stats_kept(),
-                self._engine.before_step(model, self._perturbation.restore),
+                self._engine.descent(model, self._perturbation.restore),
             ):
                 loss = super().training_step(model, inputs, num_items_in_batch)
             clean_loss = self._clean_losses.pop(0)

@@ -6,6 +6,7 @@ goes to FOLDER/<rank>.pkl.
 
 import copy
 import functools
+import itertools
 import os
 import pickle
 import signal
@@ -29,6 +30,7 @@ from support import (
     make,
     on,
     padded,
+    raise_at,
     strokes,
     trainer_for,
 )
@@ -89,14 +91,18 @@ class Watched(AMPTrainer):
         return window, num_items
 
 
-def run(folder, cut=None, refused=False, **case):
+def run(folder, cut=None, refused=False, raises=None, **case):
     """What `train` returns.
 
     Args:
         cut: the run is stopped after so many steps, and resumed by another trainer from the
             checkpoint saved there.
         refused: what the constructor's refusal says, instead.
+        raises: the pass ("forward" or "backward") that raises at θ + Δ in the second step; returns
+            the weights and the evaluation's loss, before that step and after.
     """
+    if raises:
+        return before_and_after(trainer_of(folder, eval_dataset=True, **case), raises)
     if refused:
         try:
             trainer_of(folder, **case)
@@ -138,6 +144,41 @@ def train(folder, stop=None, killed=None, resume=None, **case):
     }
 
 
+def before_and_after(trainer, raises):
+    seen = []
+
+    def look():
+        loss = trainer.evaluate()["eval_loss"]
+        seen.append((whole(trainer.model), loss))
+
+    def arm(event, state, control):
+        if state.global_step == 1:
+            look()
+            error = RuntimeError("planted")
+            if raises == "forward":
+                raise_at(trainer.model.fc2, 2, error)
+            else:
+                raise_in_backward_at(trainer.model.fc1, 2, error)
+
+    trainer.add_callback(on(["on_step_begin"], arm))
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        assert "planted" in str(error)
+        look()
+    return seen
+
+
+def raise_in_backward_at(module, call, error):
+    calls = itertools.count(1)
+
+    def hook(*_):
+        if next(calls) == call:
+            raise error
+
+    module.register_full_backward_hook(hook)
+
+
 def trainer_of(
     folder,
     engine="plain",
@@ -149,6 +190,7 @@ def trainer_of(
     samples=None,
     stream=False,
     loss_scale=None,
+    eval_dataset=False,
     **kwargs,
 ):
     network, layer = NETS[net]
@@ -167,7 +209,10 @@ def trainer_of(
         always(**{"epsilon": 0.05} | (config or {})),
         cls=Watched,
         data=Stream(data) if stream else data,
-        trainer={"data_collator": padded} if tokens else None,
+        trainer={
+            "data_collator": padded if tokens else None,
+            "eval_dataset": data[:64] if eval_dataset else None,
+        },
         **defaults | kwargs,
     )
     if ddp:

@@ -15,6 +15,7 @@ from amp_hf import AMPConfig, vision
 from amp_hf.image_classification import ImageArguments, main, parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIGS = sorted((RECIPES / "accelerate").iterdir())
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 2"
 
 
@@ -64,11 +65,16 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", sorted((RECIPES / "accelerate").iterdir()), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "config", sorted((RECIPES / "accelerate").iterdir()), ids=lambda path: path.stem
+)
 def test_every_accelerate_config_starts_a_recipe_that_saves_a_model(tmp_path, data, config):
     recipe = [RECIPES / "train_gtsrb.py"]
     if config.stem == "fsdp2":
         recipe.insert(0, sharded_recipe.__file__)
+    if config.suffix == ".json":
+        recipe += ["--deepspeed", config]
+        config = config.with_name("ddp.yaml")
     run(
         *("-m", "accelerate.commands.launch", "--config_file", config, *recipe),
         *f"{SMALL} --per_device_train_batch_size=8 --dataset={data}".split(),
@@ -78,6 +84,7 @@ def test_every_accelerate_config_starts_a_recipe_that_saves_a_model(tmp_path, da
     assert state["global_step"] == 320 // (8 if config.stem == "single" else 16)
     norms = [entry["amp/delta_norm"] for entry in state["log_history"][:-1]]
     assert norms == pytest.approx([0.1] * state["global_step"], rel=1e-6)
+    assert all(entry["amp/sharpness"] != 0 for entry in state["log_history"][:-1])
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert results(tmp_path)["test_nll"] > 0
