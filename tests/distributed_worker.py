@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from support import (
     MLP,
     ConvNet,
+    Odd,
     PartlyUsed,
     always,
     digits,
@@ -72,6 +73,7 @@ NETS = {
     "conv": (functools.partial(ConvNet, dropout=0.0), "Conv2d"),
     "dropout": (ConvNet, "Conv2d"),
     "channels_last": (channels_last, "Conv2d"),
+    "odd": (Odd, "Linear"),
     "partly_used": (PartlyUsed, "Linear"),
     "partly_frozen": (partly_frozen, "Linear"),
     "gpt2": (functools.partial(language_model, dropout=0.0), "GPT2Block"),

@@ -48,6 +48,17 @@ class MLP(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
+class Odd(MLP):
+    """Parameters that no two ranks can share evenly, one of a single number."""
+
+    def __init__(self):
+        super().__init__(hidden=15)
+        self.temperature = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, pixels, labels=None):
+        return super().forward(pixels * self.temperature, labels)
+
+
 class PartlyUsed(MLP):
     """The last layer has no part in the loss."""
 

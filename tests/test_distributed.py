@@ -27,6 +27,7 @@ JOINED = {
         config={"inner_steps": 2, "inner_lr": 0.3}, gradient_accumulation_steps=2, max_grad_norm=0.1
     ),
     "relative ball": dict(config={"ball": "relative"}, gradient_accumulation_steps=2),
+    "uneven shards": dict(net="odd", config={"ball": "relative"}),
     "tensor ball": dict(config={"ball": "tensor"}, net="partly_frozen"),
     "partly used": dict(net="partly_used", ddp={"find_unused_parameters": True}),
     "tokens": dict(net="gpt2", gradient_accumulation_steps=2),
