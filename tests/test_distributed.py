@@ -13,6 +13,7 @@ import distributed_worker
 import pytest
 import reference
 import torch
+from accelerate import ParallelismConfig
 from support import amp_gradient, average, make, mean, mlp_loss
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -213,8 +214,8 @@ def launch(folder, engine, cases, processes=2):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def results(folder):
-    return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(2)]
+def results(folder, processes=2):
+    return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,19 @@ def test_two_processes_train_as_one_that_sees_both_their_batches(outcomes, engin
             # The Trainer logs the gradient as it finds it.
             scale = case.get("loss_scale", 1) if key == "grad_norm" else 1
             assert here[key] / scale == pytest.approx(there[key], rel=relative, abs=1e-6), key
+
+
+def test_hybrid_shards_train_as_one_process_does(tmp_path):
+    """Four processes: two replicas of two shards each."""
+    case = dict(net="odd", config={"inner_steps": 2, "scope": "batch"})
+    plan = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+    done = launch(tmp_path, "fsdp2", {"run": case | {"parallelism_config": plan}}, processes=4)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = alone(pickle.dumps(case | {"gradient_accumulation_steps": 4}))["weights"]
+    for rank in results(tmp_path, processes=4):
+        for actual, expected in zip(rank["run"]["weights"], one, strict=True):
+            for key, value in expected.items():
+                torch.testing.assert_close(actual[key], value, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
