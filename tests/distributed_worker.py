@@ -132,6 +132,8 @@ def train(folder, stop=None, killed=None, resume=None, **case):
     def in_mid_step(event, state, control):
         if state.global_step == killed and distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()  # between two micro-batches
 
     trainer = trainer_of(folder, **case)
     trainer.add_callback(on(["on_step_end"], at_step_end))
