@@ -29,7 +29,7 @@ JOINED = {
     ),
     "relative ball": dict(config={"ball": "relative"}, gradient_accumulation_steps=2),
     "uneven shards": dict(net="odd", config={"ball": "relative"}),
-    "evaluated in mid-step": dict(gradient_accumulation_steps=2, eval_dataset=True),
+    "evaluated in mid-step": dict(net="odd", gradient_accumulation_steps=2, eval_dataset=True),
     "tensor ball": dict(config={"ball": "tensor"}, net="partly_frozen"),
     "partly used": dict(net="partly_used", ddp={"find_unused_parameters": True}),
     "tokens": dict(net="gpt2", gradient_accumulation_steps=2),
