@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .config import AMPConfig, Scope
-from .perturbation import Norms, Perturbation, local_norms
+from .perturbation import Norms, Perturbation, joint_blocks, local_norms
 
 
 @contextlib.contextmanager
@@ -85,9 +85,7 @@ class Engine:
         with self._accumulating_in(params, gradient), self.accelerator.no_sync(model):
             yield
         if self.scope == "batch" and self.accelerator.num_processes > 1:
-            # The few blocks that `joint_empty_like` laid the tensors out in.
-            for block in {id(part._base): part._base for part in gradient}.values():
-                assert block is not None
+            for block in joint_blocks(gradient):
                 block.div_(self.accelerator.num_processes)
                 distributed.all_reduce(block)
 

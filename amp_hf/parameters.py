@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .perturbation import joint_empty_like
+from .perturbation import joint_blocks, joint_empty_like
 from .statistics import norm_buffers
 
 
@@ -114,5 +114,6 @@ class ModelTensors:
         if fresh or any(param not in self._memory for param in params):
             self._memory = dict(zip(params, joint_empty_like(list(map(self._shard, params)))))
         zeros = [self._memory[param] for param in params]
-        torch._foreach_zero_(zeros)
+        for block in joint_blocks(zeros):
+            block.zero_()
         return zeros

@@ -12,7 +12,8 @@ Everything runs in place and without waiting for the device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,44 @@ from .config import Ball
 
 Norms = Callable[[list[Tensor]], Tensor]
 
+_Piece = tuple[int, Any]  # a tensor, by its number, and which of its rows
+_CACHED = 2**18  # elements that lie in a core's cache together with two copies
+
 
 def local_norms(tensors: list[Tensor]) -> Tensor:
     """The L2 norm of each, in one tensor."""
     return torch.stack(torch._foreach_norm(tensors))
+
+
+@torch.no_grad()
+def shrinkage(
+    delta: list[Tensor],
+    params: Sequence[Tensor],
+    epsilon: float,
+    ball: Ball,
+    rate: float | Tensor = 1.0,
+    norms_of: Norms = local_norms,
+) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    """The factor, one a tensor unless the ball is global, that `project` multiplies `delta` by.
+
+    It changes nothing of `delta` but, where that is needed, entries that are not finite.
+
+    Returns:
+        The factor or factors, and ‖Δ‖₂ after the projection, all 0-dimensional.
+    """
+    norms = rate * norms_of(delta)
+    if ball == "global":
+        norms = torch.linalg.vector_norm(norms)
+    radii = epsilon * (norms_of(list(params)) if ball == "relative" else 1.0)
+    shrink = torch.where(norms > radii, radii / norms, 1.0)
+
+    finite = norms.isfinite().all()
+    if not (finite.is_cpu and finite):  # elsewhere, looking at it would wait for the device
+        for block in joint_blocks(delta):
+            block.nan_to_num_(0.0, 0.0, 0.0)  # 0 * inf would be NaN
+    scale = torch.where(finite, rate * shrink, 0.0)
+    norm = torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
+    return (scale if ball == "global" else scale.unbind()), norm
 
 
 @torch.no_grad()
@@ -52,19 +87,9 @@ def project(
     A Δ that holds an infinity or a NaN anywhere becomes zero everywhere: there is no direction to
     ascend in, and the step is then taken at θ.
     """
-    norms = rate * norms_of(delta)
-    if ball == "global":
-        norms = torch.linalg.vector_norm(norms)
-    radii = epsilon * (norms_of(list(params)) if ball == "relative" else 1.0)
-    shrink = torch.where(norms > radii, radii / norms, 1.0)
-
-    finite = norms.isfinite().all()
-    if not (finite.is_cpu and finite):  # elsewhere, looking at it would wait for the device
-        for tensor in delta:
-            tensor.nan_to_num_(0.0, 0.0, 0.0)  # 0 * inf would be NaN
-    scale = torch.where(finite, rate * shrink, 0.0)
-    torch._foreach_mul_(delta, scale if ball == "global" else list(scale.unbind()))
-    return torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
+    factor, norm = shrinkage(delta, params, epsilon, ball, rate, norms_of)
+    torch._foreach_mul_(delta, factor)
+    return norm
 
 
 def joint_empty_like(params: Sequence[Tensor]) -> list[Tensor]:
@@ -83,11 +108,17 @@ def joint_empty_like(params: Sequence[Tensor]) -> list[Tensor]:
     return tensors
 
 
+def joint_blocks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The few blocks of memory that `joint_empty_like` laid `tensors` out in."""
+    bases = (tensor if tensor._base is None else tensor._base for tensor in tensors)
+    return list({id(base): base for base in bases}.values())
+
+
 class Perturbation:
     """The parameters at θ + Δ, and the way back to θ.
 
     The tensors that bring the ascent direction in keep θ while the parameters are displaced, so an
-    ascent takes the memory of one copy of the parameters, and of the largest of them while the two
+    ascent takes the memory of one copy of the parameters, and of a group of them while the two
     change places; a further one takes another copy until it has replaced the first. θ is copied,
     never recomputed, so `restore` is exact to the bit; it may be called at any moment, also after
     an interrupt in the middle of any method here.
@@ -106,6 +137,7 @@ class Perturbation:
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         self.params = params
+        self._groups = _groups(params)
         self.epsilon = epsilon
         self.ball = ball
         self._norms = norms
@@ -126,15 +158,19 @@ class Perturbation:
             ‖Δ‖₂, 0-dimensional.
         """
         if self._originals:
-            torch._foreach_mul_(gradient, rate)
-            rate = 1.0
             # Δ is what rounding left of it in θ + Δ: where the gradient was really taken.
-            for (params, originals), ascent in zip(self._originals, self._groups(gradient)):
+            for group, (params, originals) in zip(self._groups, self._originals):
+                ascent = _members(gradient, group)
+                torch._foreach_mul_(ascent, rate)
                 torch._foreach_add_(ascent, torch._foreach_sub(params, originals))
+            rate = 1.0
             self.restore()
-        norm = project(gradient, self.params, self.epsilon, self.ball, rate, self._norms)
-        for params, delta in zip(self._groups(self.params), self._groups(gradient)):
-            self._displace(params, delta, torch._foreach_add_)
+        factor, norm = shrinkage(gradient, self.params, self.epsilon, self.ball, rate, self._norms)
+        for group in self._groups:
+            delta = _members(gradient, group)
+            factors = factor if self.ball == "global" else [factor[i] for i, _ in group]
+            torch._foreach_mul_(delta, factors)
+            self._displace(_members(self.params, group), delta, torch._foreach_add_)
         self._moved()
         return norm
 
@@ -180,15 +216,33 @@ class Perturbation:
         torch._foreach_copy_(other, originals)
         self._originals[-1] = (params, other)
 
-    def _groups(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """`tensors` (aligned with the parameters) in runs no larger than the largest parameter."""
-        largest = max(param.numel() for param in self.params)
-        group: list[Tensor] = []
-        size = 0
-        for tensor in tensors:
-            if size + tensor.numel() > largest:
-                yield group
-                group, size = [], 0
-            group.append(tensor)
-            size += tensor.numel()
-        yield group
+
+def _groups(tensors: Sequence[Tensor]) -> list[list[_Piece]]:
+    """`tensors`, the large ones in pieces, in groups that change places one after the other.
+
+    On a CPU a group stays in the cache while it does, so that memory is read once and written once;
+    elsewhere the groups are few, because each costs some kernels.
+    """
+    sizes = [tensor.numel() for tensor in tensors]
+    on_cpu = all(tensor.is_cpu for tensor in tensors)
+    most = _CACHED if on_cpu else max(*sizes, sum(sizes) // 8)
+    groups: list[list[_Piece]] = [[]]
+    left = most
+    for i, (tensor, size) in enumerate(zip(tensors, sizes)):
+        pieces: list[tuple[Any, int]] = [(..., size)]
+        if size > most:
+            row = size // len(tensor)
+            rows = max(1, most // row)
+            starts = range(0, len(tensor), rows)
+            pieces = [(slice(start, start + rows), rows * row) for start in starts]
+        for piece, elements in pieces:
+            if elements > left and groups[-1]:
+                groups.append([])
+                left = most
+            groups[-1].append((i, piece))
+            left -= elements
+    return groups
+
+
+def _members(tensors: Sequence[Tensor], group: list[_Piece]) -> list[Tensor]:
+    return [tensors[i][piece] for i, piece in group]

@@ -5,14 +5,20 @@ import reference
 import torch
 from support import LiveBytes
 
+from amp_hf import perturbation as mathematics
 from amp_hf.perturbation import Perturbation, joint_empty_like, project
 
 BALLS = ["global", "tensor", "relative"]
 FOREACH = [name for name in dir(torch) if name.startswith("_foreach_")]
 
 
+@pytest.fixture
+def small_cache(monkeypatch):
+    """Parameters change places in several groups, and those of more than one row in pieces."""
+    monkeypatch.setattr(mathematics, "_CACHED", 8)
+
+
 def tensors(seed, dtype=torch.float64, scale=1.0):
-    """Of several sizes, so that they change places in more than one group."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(4, 5), (3,), (2, 3), (), (5, 4)]
     return [scale * torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
@@ -79,6 +85,7 @@ def test_a_gradient_scaled_by_a_power_of_two_gives_the_same_delta_to_the_bit(bal
     assert norm == scaled_norm
 
 
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("ball", BALLS)
 def test_ascending_adds_delta_and_restoring_gives_theta_back_to_the_bit(ball):
     params, gradient = tensors(0, torch.float32), tensors(1, torch.float32)
@@ -95,6 +102,7 @@ def test_ascending_adds_delta_and_restoring_gives_theta_back_to_the_bit(ball):
     assert same(params, theta)
 
 
+@pytest.mark.usefixtures("small_cache")
 def test_leaving_and_entering_changes_between_theta_and_the_same_displaced_parameters():
     perturbation, params, theta = displaced()
     there = copy.deepcopy(params)
@@ -108,6 +116,7 @@ def test_leaving_and_entering_changes_between_theta_and_the_same_displaced_param
     assert same(params, theta)
 
 
+@pytest.mark.usefixtures("small_cache")
 def test_the_parameters_keep_their_memory_throughout():
     params = tensors(0)
     places = [p.data_ptr() for p in params]
@@ -123,6 +132,7 @@ def test_the_parameters_keep_their_memory_throughout():
         assert [p.data_ptr() for p in params] == places
 
 
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("ball", BALLS)
 @pytest.mark.parametrize("epsilon", [0.1, 100.0], ids=["on the ball", "inside"])
 def test_several_ascents_add_up_and_are_projected_each_time(ball, epsilon):
@@ -143,6 +153,7 @@ def test_several_ascents_add_up_and_are_projected_each_time(ball, epsilon):
     assert same(params, theta)
 
 
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("ball", BALLS)
 def test_a_later_ascent_that_is_not_finite_takes_the_parameters_back_to_theta(ball):
     perturbation, params, theta = displaced(ball=ball)
@@ -175,6 +186,7 @@ class Interrupt:
         return call
 
 
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 def test_an_interrupt_at_any_moment_of_any_method_leaves_a_way_back_to_theta(monkeypatch, moment):
     def cycle(perturbation):
