@@ -83,6 +83,13 @@ class AMPConfig:
             "help": "BatchNorm's running statistics: from the clean pass only, or from both."
         },
     )
+    ascent_reuse: bool = field(
+        default=False,
+        metadata={
+            "help": "Perturb the steps between two ascents, too, by the last perturbation: they "
+            "cost what plain ones do."
+        },
+    )
 
     def __post_init__(self) -> None:
         self._check_real("epsilon", "a finite number >= 0", lambda x: x >= 0)
@@ -94,6 +101,8 @@ class AMPConfig:
         self._check_choice("ball", get_args(Ball))
         self._check_choice("scope", (None, *get_args(Scope)))
         self._check_choice("norm_stats", get_args(NormStats))
+        if not isinstance(self.ascent_reuse, bool):
+            raise self._refuse("ascent_reuse", "True or False")
         self._check_perturb()
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,14 +139,23 @@ class AMPConfig:
         ]
 
     def ascends_at(self, step: int, max_steps: int) -> bool:
-        """Whether optimizer step `step` (from 0) of `max_steps` is perturbed.
+        """Whether a perturbation is computed at optimizer step `step` (from 0) of `max_steps`.
 
-        The first ⌊ascent_start · max_steps⌋ steps are plain, so at least one is perturbed; from
-        there on, every `ascent_every`-th one is.
+        The first ⌊ascent_start · max_steps⌋ steps are plain, so there is at least one ascent; from
+        there on, every `ascent_every`-th step has one.
         """
+        since = self._steps_since_start(step, max_steps)
+        return self.epsilon > 0 and since >= 0 and since % self.ascent_every == 0
+
+    def perturbs_at(self, step: int, max_steps: int) -> bool:
+        """Whether optimizer step `step` is perturbed, if only by an earlier step's Δ."""
+        if not self.ascent_reuse:
+            return self.ascends_at(step, max_steps)
+        return self.epsilon > 0 and self._steps_since_start(step, max_steps) >= 0
+
+    def _steps_since_start(self, step: int, max_steps: int) -> int:
         # Rounded first: 0.29 * 100 is 28.999999999999996.
-        start = min(math.floor(round(self.ascent_start * max_steps, 6)), max_steps - 1)
-        return self.epsilon > 0 and step >= start and (step - start) % self.ascent_every == 0
+        return step - min(math.floor(round(self.ascent_start * max_steps, 6)), max_steps - 1)
 
     def _refuse(self, name: str, allowed: str) -> ValueError:
         return ValueError(f"AMPConfig.{name} must be {allowed}, got {getattr(self, name)!r}.")

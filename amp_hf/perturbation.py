@@ -142,9 +142,10 @@ class Perturbation:
         self.ball = ball
         self._norms = norms
         self._moved = moved
-        # Groups of (parameters, the tensors that hold their θ) and (parameters, their θ + Δ).
+        # Groups of (parameters, the tensors that hold their θ) and (parameters, what `leave` kept).
         self._originals: list[tuple[list[Tensor], list[Tensor]]] = []
-        self._displaced: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._kept: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._theta_moves = False
 
     @torch.no_grad()
     def ascend(self, gradient: list[Tensor], rate: float | Tensor) -> Tensor:
@@ -175,23 +176,27 @@ class Perturbation:
         return norm
 
     @torch.no_grad()
-    def leave(self) -> None:
-        """Puts θ back and keeps θ + Δ for `enter`."""
+    def leave(self, theta_moves: bool = False) -> None:
+        """Puts θ back and keeps θ + Δ for `enter`, or Δ where θ will have moved by then."""
+        self._theta_moves = theta_moves
         while self._originals:
             params, originals = self._originals[-1]
-            displaced = torch._foreach_clone(params)
+            kept = torch._foreach_clone(params)
             torch._foreach_copy_(params, originals)
             self._originals.pop()
-            torch._foreach_copy_(originals, displaced)
-            self._displaced.append((params, originals))
-            del displaced  # before the next group's copy is made
+            if theta_moves:
+                torch._foreach_sub_(kept, params)
+            torch._foreach_copy_(originals, kept)
+            self._kept.append((params, originals))
+            del kept  # before the next group's copy is made
         self._moved()
 
     @torch.no_grad()
     def enter(self) -> None:
-        """Takes the parameters to the θ + Δ that `leave` kept."""
-        while self._displaced:
-            self._displace(*self._displaced.pop(), torch._foreach_copy_)
+        """Takes the parameters to the θ + Δ that `leave` kept, or by the Δ that it kept."""
+        write = torch._foreach_add_ if self._theta_moves else torch._foreach_copy_
+        while self._kept:
+            self._displace(*self._kept.pop(), write)
         self._moved()
 
     @torch.no_grad()

@@ -49,7 +49,8 @@ class AMPTrainerMixin(_Parent):
 
     Every other argument is the parent's. The logged `loss` is the clean one, at θ. Beside it stand
     `amp/loss` (at θ + Δ), `amp/sharpness` (their difference) and `amp/delta_norm` (‖Δ‖₂), each the
-    mean over the perturbed steps since the last log.
+    mean over the steps with an ascent since the last log. Where `ascent_reuse` perturbs a step that
+    has none, there is no pass at θ: its part of `loss` and of BatchNorm's statistics is from θ + Δ.
 
     Raises:
         ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with.
@@ -62,10 +63,14 @@ class AMPTrainerMixin(_Parent):
     _loss_is_share: bool | None  # see `_is_share`; found out once a run
     _clean_losses: list[Tensor]  # at θ, of the micro-batches that Δ holds for and that are to come
 
-    # Sums over the perturbed steps of a run since its last log.
-    _statistics_of: TrainerState
+    # The run that what follows is about, the step of its last ascent, and the Δ that can be reused.
+    _run: TrainerState | None
+    _last_ascent: int
+    _reusable: Perturbation | None
+
+    # Sums over the steps with an ascent since the last log.
     _sums: Tensor | float
-    _perturbed_steps: float
+    _ascended_steps: float
 
     _engine: Engine
     _tensors: ModelTensors | None
@@ -80,6 +85,8 @@ class AMPTrainerMixin(_Parent):
         self.amp_config = amp_config or AMPConfig()
         self._tensors = None
         self._loss_is_share = None
+        self._run = None
+        self._reusable = None
         self._start_window([])
         super().__init__(*args, **kwargs)
         self._start_statistics()
@@ -99,7 +106,7 @@ class AMPTrainerMixin(_Parent):
         finally:
             self._perturbation.restore()  # where an interrupt hit the one in training_step
             self._start_window([])
-            self._tensors = None  # and the memory that it keeps
+            self._tensors = self._reusable = None  # and the memory that they keep
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -119,46 +126,78 @@ class AMPTrainerMixin(_Parent):
         Returns:
             The parent's loss at θ, 0-dimensional.
         """
-        if not self.amp_config.ascends_at(self.state.global_step, self.state.max_steps):
+        step, config = self.state.global_step, self.amp_config
+        if not config.perturbs_at(step, self.state.max_steps):
             return super().training_step(model, inputs, num_items_in_batch)
+        if self._run is not self.state:  # a new run, or a smaller batch size is tried
+            self._start_run()
+        if config.ascends_at(step, self.state.max_steps) or self._reusable is None:
+            self._last_ascent = step
         try:
-            if self._clean_losses:
-                self._perturbation.enter()
-            else:
-                self._ascend(model, inputs, num_items_in_batch)
-            with (
-                self._norm_stats_kept(),
-                self._engine.descent(model, self._perturbation.restore),
-            ):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            clean_loss = self._clean_losses.pop(0)
-            if self._clean_losses:
-                self._perturbation.leave()
+            if self._last_ascent == step:
+                return self._ascending_step(model, inputs, num_items_in_batch)
+            return self._reusing_step(model, inputs, num_items_in_batch)
         finally:
             self._perturbation.restore()
-        if self._statistics_of is not self.state:  # a new run, or a smaller batch size is tried
-            self._start_statistics()
-        share = 1 / max(1, len(self._window))
-        self._perturbed_steps += share
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        values = (loss, loss - clean_loss, self._delta_norm * share)
-        self._sums = self._sums + torch.stack([value.to(dtype) for value in values])
-        return clean_loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._perturbed_steps:
-            means = self.accelerator.reduce(self._sums / self._perturbed_steps, reduction="mean")
+        if "loss" in logs and self._ascended_steps:
+            means = self.accelerator.reduce(self._sums / self._ascended_steps, reduction="mean")
             logs |= zip(("amp/loss", "amp/sharpness", "amp/delta_norm"), means.tolist())
             self._start_statistics()
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
+        self._reusable = None
         # Before the parent's part, which may push the folder to the Hub.
         if self.args.should_save:
             folder = str(output_dir or self.args.output_dir)
             os.makedirs(folder, exist_ok=True)
             self.amp_config.to_json_file(os.path.join(folder, AMP_CONFIG_NAME))
         super().save_model(output_dir, *args, **kwargs)
+
+    def _ascending_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Two passes or more, unless Δ is that of the whole window. Returns the loss at θ."""
+        if self._clean_losses:
+            self._perturbation.enter()
+        else:
+            self._ascend(model, inputs, num_items_in_batch)
+        with self._norm_stats_kept(), self._engine.descent(model, self._put_aside):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        clean_loss = self._clean_losses.pop(0)
+        if self._clean_losses:
+            self._perturbation.leave()
+        else:
+            self._put_aside()
+        share = 1 / max(1, len(self._window))
+        self._ascended_steps += share
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        values = (loss, loss - clean_loss, self._delta_norm * share)
+        self._sums = self._sums + torch.stack([value.to(dtype) for value in values])
+        return clean_loss
+
+    def _reusing_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """One pass, with the Δ of the last ascent. Returns the loss at θ + Δ."""
+        assert self._reusable is not None
+        self._perturbation, self._reusable = self._reusable, None
+        self._perturbation.enter()
+        with self._engine.descent(model, self._put_aside):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._put_aside()
+        return loss
+
+    def _put_aside(self) -> None:
+        """θ back into the parameters; Δ stays only if steps to come reuse it."""
+        if self.amp_config.ascent_reuse:
+            self._perturbation.leave(theta_moves=True)
+            self._reusable = self._perturbation
+        else:
+            self._perturbation.restore()
 
     def _ascend(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
@@ -215,6 +254,7 @@ class AMPTrainerMixin(_Parent):
         """From θ to θ + Δ. Returns the losses of `batches` at θ."""
         assert self._tensors is not None
         self._perturbation = self._engine.perturbation(perturbed, model, self.amp_config)
+        self._reusable = None  # its Δ is where the gradient comes to
         clean_losses: list[Tensor] = []
         for ascent in range(self.amp_config.inner_steps):
             # θ is in the memory of the last one.
@@ -310,10 +350,14 @@ class AMPTrainerMixin(_Parent):
         self._clean_losses = []
         self._perturbation = Perturbation([], 0.0, "global")
 
+    def _start_run(self) -> None:
+        self._run = self.state
+        self._reusable = None
+        self._start_statistics()
+
     def _start_statistics(self) -> None:
-        self._statistics_of = self.state
         self._sums = 0.0
-        self._perturbed_steps = 0.0
+        self._ascended_steps = 0.0
 
     def _compare_with_checkpoint(self, checkpoint: str | bool) -> None:
         """Warns where the checkpoint was trained with another `AMPConfig`."""

@@ -1,4 +1,4 @@
-"""A training run of test_resume.py as a process: `resume_worker.py FOLDER {killed,resumed}`.
+"""A training run of test_resume.py as a process: `resume_worker.py FOLDER {killed,resumed} CONFIG`.
 
 Writes what the run leaves behind to FOLDER/outcome.pkl. The killed one does not live to do so.
 """
@@ -14,8 +14,15 @@ from support import ConvNet, digits, make, on, outcome, trainer_for
 
 from amp_hf import AMPConfig
 
+# The fourth step of the twelve is the first one perturbed.
+CONFIGS = {
+    "ascents": AMPConfig(ascent_start=0.25, ascent_every=2, inner_steps=2, scope="batch"),
+    "reused": AMPConfig(ascent_start=0.25, ascent_every=4, ascent_reuse=True),
+    "sub_batch": AMPConfig(ascent_start=0.25, ascent_every=2, ascent_fraction=0.5),
+}
 
-def run(folder, mode):
+
+def run(folder, mode, config):
     def kill(event, state, control):
         if state.global_step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -23,8 +30,7 @@ def run(folder, mode):
     trainer = trainer_for(
         make(ConvNet),
         folder,
-        # Steps 3, 5, 7, 9 and 11 are perturbed.
-        AMPConfig(ascent_start=0.25, ascent_every=2, inner_steps=2, scope="batch"),
+        CONFIGS[config],
         data=digits()[:128],  # eight steps an epoch
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
@@ -43,5 +49,5 @@ def run(folder, mode):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, mode = sys.argv[1:]
-    Path(folder, "outcome.pkl").write_bytes(pickle.dumps(run(folder, mode)))
+    folder, mode, config = sys.argv[1:]
+    Path(folder, "outcome.pkl").write_bytes(pickle.dumps(run(folder, mode, config)))

@@ -31,6 +31,7 @@ FIELDS = {
         ["", "(", "*", None, 3, True],
     ),
     "norm_stats": ("one of 'clean', 'both'", ["clean", "both"], ["outer", "", None, True]),
+    "ascent_reuse": ("True or False", [True, False], [1, 0, "true", None]),
 }
 UNUSUAL = AMPConfig(
     epsilon=0.25,
@@ -43,6 +44,7 @@ UNUSUAL = AMPConfig(
     ascent_fraction=0.75,
     perturb=r"conv\d+\.weight",
     norm_stats="both",
+    ascent_reuse=True,
 )
 
 
@@ -122,8 +124,24 @@ def test_from_the_start_on_every_kth_step_is_perturbed():
     assert ascents(7, ascent_start=0.0, ascent_every=2) == [0, 2, 4, 6]
 
 
-def test_radius_zero_never_perturbs():
-    assert ascents(10, epsilon=0, ascent_start=0.0) == []
+def test_with_reuse_all_steps_from_the_start_on_are_perturbed_and_every_kth_ascends():
+    config = AMPConfig(ascent_start=0.5, ascent_every=3, ascent_reuse=True)
+    assert [step for step in range(20) if config.perturbs_at(step, 20)] == list(range(10, 20))
+    assert ascents(20, **config.to_dict()) == [10, 13, 16, 19]
+
+
+def test_without_reuse_the_steps_with_an_ascent_are_the_perturbed_ones():
+    config = AMPConfig(ascent_start=0.5, ascent_every=3)
+    for step in range(20):
+        assert config.perturbs_at(step, 20) == config.ascends_at(step, 20)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_radius_zero_never_perturbs(reuse):
+    config = AMPConfig(epsilon=0, ascent_start=0.0, ascent_reuse=reuse)
+    assert not any(
+        config.ascends_at(step, 10) or config.perturbs_at(step, 10) for step in range(10)
+    )
 
 
 @pytest.mark.parametrize(

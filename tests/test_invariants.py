@@ -160,19 +160,22 @@ def test_callbacks_evaluations_and_checkpoints_never_see_displaced_weights(tmp_p
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_an_error_in_any_pass_leaves_the_parameters_at_theta(tmp_path, scope, where):
+@pytest.mark.parametrize("reuse", [False, True])
+def test_an_error_in_any_pass_leaves_the_parameters_at_theta(tmp_path, scope, where, reuse):
     model = make()
     start = weights(model)
+    every = 2 if reuse else 1
     trainer = trainer_for(
         model,
         tmp_path,
-        always(inner_steps=2, scope=scope),
+        always(inner_steps=2, scope=scope, ascent_every=every, ascent_reuse=reuse),
         max_steps=2,
         learning_rate=0.0,
         gradient_accumulation_steps=2,
     )
     errors = [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory."), ValueError("x")]
-    passes = 2 * 2 * 3  # steps, micro-batches, two inner passes and an outer one
+    # Micro-batches, and two inner passes and an outer one, or that alone.
+    passes = 2 * 3 + 2 * (1 if reuse else 3)
     for call in range(1, passes + 2):
         error = errors[call % 3]
         if where == "forward":
@@ -188,7 +191,7 @@ def test_an_error_in_any_pass_leaves_the_parameters_at_theta(tmp_path, scope, wh
         assert not differing(weights(model), start), f"pass {call}"
     trainer.train()  # and the trainer is as good as new
     assert not differing(weights(model), start)
-    assert len(logged(trainer, "amp/loss")) == 2
+    assert len(logged(trainer, "amp/loss")) == 2 // every
 
 
 def raise_in_backward_at(module, call, error):
@@ -204,16 +207,17 @@ def raise_in_backward_at(module, call, error):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("reuse", [False, True])
 def test_an_interrupt_while_the_weights_move_leaves_the_parameters_at_theta(
-    tmp_path, monkeypatch, scope, moment
+    tmp_path, monkeypatch, scope, moment, reuse
 ):
     model = make()
     start = weights(model)
     trainer = trainer_for(
         model,
         tmp_path,
-        always(inner_steps=2, scope=scope),
-        max_steps=1,
+        always(inner_steps=2, scope=scope, ascent_every=2, ascent_reuse=reuse),
+        max_steps=2 if reuse else 1,
         learning_rate=0.0,
         gradient_accumulation_steps=2,
     )
@@ -449,14 +453,16 @@ def test_a_parameter_that_is_unfrozen_during_training_is_perturbed_from_then_on(
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("reuse", [False, True])
 def test_training_takes_one_copy_of_the_parameters_and_the_largest_more_than_the_stock_trainer(
-    tmp_path, accumulation, scope
+    tmp_path, accumulation, scope, reuse
 ):
     peaks = []
-    for own in (dict(config=always(scope=scope)), dict(cls=Trainer)):
+    config = always(scope=scope, ascent_every=2 if reuse else 1, ascent_reuse=reuse)
+    for own in (dict(config=config), dict(cls=Trainer)):
         model = make(lambda: MLP(hidden=2048))
         trainer = trainer_for(
-            model, tmp_path, max_steps=2, gradient_accumulation_steps=accumulation, **own
+            model, tmp_path, max_steps=3, gradient_accumulation_steps=accumulation, **own
         )
         with LiveBytes() as memory:
             trainer.train()

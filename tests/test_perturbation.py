@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import reference
@@ -117,6 +118,25 @@ def test_leaving_and_entering_changes_between_theta_and_the_same_displaced_param
 
 
 @pytest.mark.usefixtures("small_cache")
+def test_a_delta_that_was_kept_displaces_the_parameters_from_where_they_have_moved_to():
+    params, gradient = tensors(0), tensors(1)
+    perturbation = Perturbation(params, 0.1, "global")
+    delta = copy.deepcopy(gradient)
+    project(delta, params, 0.1, "global")
+    perturbation.ascend(gradient, 1.0)
+    for step in range(1, 4):
+        perturbation.leave(theta_moves=True)
+        assert same(params, [t * step for t in tensors(0)])
+        for t, start in zip(params, tensors(0)):
+            t.add_(start)
+        perturbation.enter()
+        there = [t * (step + 1) + d for t, d in zip(tensors(0), delta)]
+        torch.testing.assert_close(params, there, rtol=0, atol=1e-14)
+    perturbation.restore()
+    assert same(params, [t * 4 for t in tensors(0)])
+
+
+@pytest.mark.usefixtures("small_cache")
 def test_the_parameters_keep_their_memory_throughout():
     params = tensors(0)
     places = [p.data_ptr() for p in params]
@@ -196,6 +216,8 @@ def test_an_interrupt_at_any_moment_of_any_method_leaves_a_way_back_to_theta(mon
         perturbation.enter()
         perturbation.leave()
         perturbation.enter()
+        perturbation.leave(theta_moves=True)
+        perturbation.enter()
         perturbation.restore()
 
     for call in range(1, 1000):
@@ -223,6 +245,8 @@ def test_a_perturbation_takes_one_copy_of_the_parameters_and_the_largest_while_t
         lambda: perturbation.ascend(gradients[0], 1.0),
         lambda: perturbation.ascend(gradients[1], 1.0),
         perturbation.leave,
+        perturbation.enter,
+        functools.partial(perturbation.leave, theta_moves=True),
         perturbation.enter,
         perturbation.restore,
     ):

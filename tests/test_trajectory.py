@@ -154,6 +154,29 @@ def test_only_the_steps_that_the_config_names_are_perturbed(tmp_path):
     assert_at(model, theta)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_steps_between_ascents_are_perturbed_by_the_last_delta_on_request(
+    tmp_path, inner_steps, accumulation, scope
+):
+    config = dict(epsilon=0.5, inner_lr=0.3, inner_steps=inner_steps)
+    model = make(dtype=torch.float64)
+    amp = AMPConfig(**config, scope=scope, ascent_start=0.25, ascent_every=3, ascent_reuse=True)
+    theta, windows = recorded(model, tmp_path, amp, 8, accumulation)
+    delta = [torch.zeros_like(t) for t in theta]
+    for step, window in enumerate(windows):
+        gradients = []
+        losses = [mlp_loss(batch) for batch in window]
+        for loss in losses:
+            if step in (2, 5):
+                seen = mean(losses) if scope == "batch" else loss
+                delta = reference.perturbation(seen, theta, **config)
+            gradients.append(reference.gradient(loss, [t + d for t, d in zip(theta, delta)]))
+        theta = reference.sgd(theta, average(gradients), 0.1)
+    assert_at(model, theta)
+
+
 class SharedMLP(nn.Module):
     """A layer that is used twice under two names, and a first one that is not trained."""
 
