@@ -1,15 +1,21 @@
-"""What an AMP step costs beside the stock Trainer's: time, memory and the input pipeline.
+"""What a step costs beside the stock Trainer's: AMP, and what else a user could install.
 
     python recipes/benchmark_step.py
-    python recipes/benchmark_step.py --model vit_tiny_patch16_224 --rounds 40 --json result.json
+    python recipes/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16 --json out.json
 
-Trainers take turns, `--chunk` optimizer steps each, `--rounds` times over, so that whatever else
-the machine does falls on all of them; each ratio is that of two medians of one round, and the
-table shows the ratios' median and quartiles. Images are random noise: time does not depend on them.
+Trainers take turns, one cycle of optimizer steps each, `--rounds` times over, so that whatever else
+the machine does falls on all of them; each ratio is that of two cycles of one round, and the table
+shows the ratios' median and quartiles. On a GPU, events mark the steps and nothing waits in
+between. Images are random noise that lies ready: time does not depend on them.
 
-    amp       AMPTrainer over Trainer, N = 1, every step perturbed; without loading the batch
-    pipeline  throughput with images augmented as they are needed over that on ready tensors
-    memory    peak of live tensors over AMP steps less the stock one's, in copies of the parameters
+    time      of a step, forward pass to optimizer, over the stock Trainer's; N = 1
+    memory    peak of live tensors over the steps less the stock one's, in copies of the parameters
+    exact     whether the weights come back to the bit
+
+The alternatives run inside the Trainer, too, and take the same optimizer (SGD with Nesterov
+momentum): SAM and LookSAM of pytorch-optimizer and SAM of temperon in the way that their documents
+say, and AMP tensor by tensor, with Δ in the optimizer's state, as its authors released it. A last
+line gives the throughput of images that are augmented as they are needed, over that of ready ones.
 """
 
 import json
@@ -17,55 +23,165 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from pytorch_optimizer import SAM, LookSAM
+from temperon import Temperon
+from tqdm.auto import tqdm
+from transformers import (
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.augment import train_transform
 from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
 
+RADIUS = 0.1
+CYCLE = 5  # steps: among them, one at which LookSAM perturbs
+LABELS = [str(i) for i in range(10)]
+SGD = dict(lr=0.001, momentum=0.9, nesterov=True)
+
 
 @dataclass
 class BenchmarkArguments:
-    model: str = "resnet18"
-    image_size: int = 32
-    batch_size: int = 128
-    rounds: int = 15
-    chunk: int = 5
-    json: str | None = None
+    workloads: list[str] = field(
+        default_factory=lambda: [
+            "resnet18:32:128",  # bound by computation
+            "vit_tiny_patch16_224:64:64",
+            "vit_base_patch16_224:64:2",  # bound by its parameters
+        ],
+        metadata={"help": "model:image size:batch size, any number of them."},
+    )
+    rounds: int = field(default=15, metadata={"help": "Cycles of each trainer."})
+    bf16: bool = field(default=False, metadata={"help": "bf16 autocast, in all trainers."})
+    json: str | None = field(default=None, metadata={"help": "A file for all results."})
+
+
+class ClosureTrainer(Trainer):
+    """The stock Trainer, with an algorithm that runs its own passes, by a closure.
+
+    The Trainer steps its optimizer without one, so all that happens in `training_step`.
+    """
+
+    def __init__(self, algorithm: Callable, **kwargs) -> None:
+        self.algorithm = algorithm
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.perturbed_step = self.algorithm(super().create_optimizer(model))
+            self.optimizer = Stepped(self.model.parameters(), lr=0.0)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        def closure():
+            model.zero_grad()
+            return super(ClosureTrainer, self).training_step(model, inputs, num_items_in_batch)
+
+        return self.perturbed_step(closure).detach()
+
+
+class Stepped(torch.optim.SGD):
+    """Has nothing left to do when it is told to step."""
+
+    def step(self, closure=None):
+        pass
+
+
+def pytorch_optimizer(cls: type, **options) -> Callable:
+    def algorithm(base):
+        groups = [{name: g[name] for name in ("params", "weight_decay")} for g in base.param_groups]
+        optimizer = cls(groups, torch.optim.SGD, rho=RADIUS, **options, **SGD)
+
+        def step(closure):
+            loss = closure()
+            optimizer.step(closure)
+            return loss
+
+        return step
+
+    return algorithm
+
+
+def temperon(base):
+    return Temperon(base, total_steps=10**9, tail_frac=1.0, rho=RADIUS).step
+
+
+def released(base):
+    """Tensor by tensor: each with a ball of its own, and back by subtraction."""
+
+    def step(closure):
+        loss = closure()
+        params = [param for group in base.param_groups for param in group["params"]]
+        with torch.no_grad():
+            for param in params:
+                delta = param.grad.clone()
+                norm = delta.norm()
+                if norm > RADIUS:
+                    delta = delta * (RADIUS / norm)
+                param.add_(delta)
+                base.state[param]["delta"] = delta
+        closure()
+        with torch.no_grad():
+            for param in params:
+                param.sub_(base.state[param].pop("delta"))
+        base.step()
+        return loss
+
+    return step
+
+
+ALTERNATIVES: dict[str, tuple[Callable, bool]] = {
+    "AMP as released": (released, False),
+    "SAM, temperon": (temperon, False),
+    "SAM, pytorch-optimizer": (pytorch_optimizer(SAM), True),
+    "LookSAM, pytorch-optimizer": (pytorch_optimizer(LookSAM, k=CYCLE), True),
+}
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step, and from one step's end to the next one's."""
+    """When steps begin and end."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.cycles: list[float] = []
-        self._end: float | None = None
+        self.marks: list[tuple] = []
 
     def on_train_begin(self, *args, **kwargs):
-        self._end = None
+        self.marks = []
 
     def on_step_begin(self, *args, **kwargs):
-        self._begin = _now()
+        self._begin = _mark()
 
     def on_step_end(self, *args, **kwargs):
-        now = _now()
-        if self._end is not None:  # the first step warms up
-            self.steps.append(now - self._begin)
-            self.cycles.append(now - self._end)
-        self._end = now
+        self.marks.append((self._begin, _mark()))
 
-    def medians(self) -> tuple[float, float]:
-        """Of the steps and of the cycles since the last call."""
-        medians = statistics.median(self.steps), statistics.median(self.cycles)
-        self.steps, self.cycles = [], []
-        return medians
+    def milliseconds(self) -> tuple[float, float]:
+        """Of the last cycle's mean step, and from one step's end to the next one's."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        steps = [_between(begin, end) for begin, end in self.marks[1:]]  # the first one warms up
+        cycle = _between(self.marks[0][1], self.marks[-1][1])
+        return statistics.mean(steps), cycle / len(steps)
+
+
+def _mark():
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin, end) -> float:
+    return begin.elapsed_time(end) if torch.cuda.is_available() else (end - begin) * 1000
 
 
 class PeakMemory(TrainerCallback):
@@ -93,12 +209,6 @@ class PeakMemory(TrainerCallback):
             self.peak = int(np.cumsum([size for _, size in sorted(changes)]).max())
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Ready(torch.utils.data.Dataset):
     """Batches that are there already."""
 
@@ -115,40 +225,37 @@ class Ready(torch.utils.data.Dataset):
 
 def noise(count: int, size: int) -> datasets.Dataset:
     pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)])
-    )
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=LABELS))
     rows = {"image": [Image.fromarray(p) for p in pixels], "label": [i % 10 for i in range(count)]}
     return datasets.Dataset.from_dict(rows, features)
 
 
-def main() -> None:
-    (options,) = HfArgumentParser(
-        BenchmarkArguments, description=__doc__
-    ).parse_args_into_dataclasses()
-    count = options.batch_size * options.chunk
-    names = [str(i) for i in range(10)]
+def measure(workload: str, options: BenchmarkArguments) -> dict:
+    """The results of one workload, by trainer."""
+    try:
+        name, image_size, batch_size = workload.split(":")
+        size, batch = int(image_size), int(batch_size)
+    except ValueError:
+        raise ValueError(
+            f"--workloads takes model:image size:batch size, such as resnet18:32:128, not "
+            f"{workload!r}."
+        ) from None
+    count = batch * (CYCLE + 1)
 
     def trainer(cls, data=None, **kwargs):
         torch.manual_seed(0)
-        try:
-            model = build_model(options.model, names, options.image_size, from_scratch=True)
-        except ValueError as error:
-            sys.exit(f"benchmark_step.py: error: {error}")
+        model = build_model(name, LABELS, size, from_scratch=True)
         model.to(memory_format=torch.channels_last)
-        geometry, mean, std = preprocessing(model)
-        if data is None:
-            rows = noise(count, options.image_size)
-            transform = train_transform("objects", mean, std)
-            data = ImageDataset(rows, "image", "label", geometry, transform)
         args = TrainingArguments(
             output_dir=tempfile.mkdtemp(),
-            max_steps=options.chunk,
-            per_device_train_batch_size=options.batch_size,
+            max_steps=CYCLE + 1,
+            per_device_train_batch_size=batch,
             optim="sgd",
             optim_args="momentum=0.9,nesterov=true",
-            learning_rate=0.01,
+            learning_rate=SGD["lr"],
             weight_decay=5e-4,
+            max_grad_norm=0.0,
+            bf16=options.bf16,
             logging_strategy="no",
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -156,63 +263,101 @@ def main() -> None:
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
         )
+        if data is None:
+            geometry, mean, std = preprocessing(model)
+            transform = train_transform("objects", mean, std)
+            data = ImageDataset(noise(count, size), "image", "label", geometry, transform)
         return cls(model=model, args=args, data_collator=as_is, train_dataset=data, **kwargs)
 
-    stock = trainer(Trainer)
-    ready = stock.train_dataset.__getitems__(list(range(options.batch_size)))
+    augmenting = trainer(Trainer)
+    ready = Ready(augmenting.train_dataset.__getitems__(list(range(batch))), count)
+    reusing = AMPConfig(RADIUS, ascent_start=0.0, ascent_every=10**9, ascent_reuse=True)
     trainers = {
-        "stock": stock,
-        "amp": trainer(AMPTrainer, amp_config=AMPConfig(ascent_start=0.0)),
-        "ready": trainer(Trainer, Ready(ready, count)),
+        "stock Trainer": trainer(Trainer, ready),
+        "AMPTrainer": trainer(AMPTrainer, ready, amp_config=AMPConfig(RADIUS, ascent_start=0.0)),
+        "AMPTrainer, Δ reused": trainer(AMPTrainer, ready, amp_config=reusing),
+        **{
+            name: trainer(ClosureTrainer, ready, algorithm=algorithm)
+            for name, (algorithm, _) in ALTERNATIVES.items()
+        },
+        "augmenting": augmenting,
     }
     peaks, clocks = {}, {}
-    for name, contestant in trainers.items():
-        memory, clocks[name] = PeakMemory(), Clock()
+    for key, contestant in trainers.items():
+        memory, clocks[key] = PeakMemory(), Clock()
+        contestant.remove_callback(PrinterCallback)
         contestant.add_callback(memory)
         contestant.train()
-        peaks[name] = memory.peak
+        peaks[key] = memory.peak
         contestant.remove_callback(memory)
-        contestant.add_callback(clocks[name])
+        contestant.add_callback(clocks[key])
 
-    ratios: dict[str, list[float]] = {"amp": [], "pipeline": []}
-    stock_ms = []
-    for _ in range(options.rounds):
-        medians = {}
-        for name, contestant in trainers.items():
+    times: dict[str, list[tuple[float, float]]] = {key: [] for key in trainers}
+    for _ in tqdm(range(options.rounds), desc=workload, unit=" rounds", disable=None):
+        for key, contestant in trainers.items():
             contestant.train()
-            medians[name] = clocks[name].medians()
-        ratios["amp"].append(medians["amp"][0] / medians["stock"][0])
-        ratios["pipeline"].append(medians["ready"][1] / medians["stock"][1])
-        stock_ms.append(medians["stock"][0] * 1000)
+            times[key].append(clocks[key].milliseconds())
 
-    params = [p for p in stock.model.parameters() if p.requires_grad]
-    size = sum(p.nbytes for p in params)
-    result = {
-        "model": options.model,
-        "image_size": options.image_size,
-        "batch_size": options.batch_size,
+    params = [p for p in augmenting.model.parameters() if p.requires_grad]
+    copy = sum(p.nbytes for p in params)
+    stock = times["stock Trainer"]
+    *contestants, _ = trainers
+    return {
+        "workload": workload,
+        "parameters": sum(p.numel() for p in params),
+        "stock_step_ms": statistics.median(step for step, _ in stock),
+        "throughput": _quartiles([s / a for (_, s), (_, a) in zip(stock, times["augmenting"])]),
+        "trainers": {
+            key: {
+                "time": _quartiles([a / s for (a, _), (s, _) in zip(times[key], stock)]),
+                "memory_copies": (peaks[key] - peaks["stock Trainer"]) / copy,
+                "exact": ALTERNATIVES[key][1] if key in ALTERNATIVES else True,
+            }
+            for key in contestants
+        },
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+
+
+def show(result: dict) -> None:
+    print(
+        f"\n{result['workload']}, {result['parameters'] / 1e6:.1f} million parameters; stock step "
+        f"{result['stock_step_ms']:.1f} ms"
+    )
+    print(f"{'':28}{'time [quartiles]':>24}{'memory':>10}  exact")
+    for name, row in result["trainers"].items():
+        low, median, high = row["time"]
+        cell = f"{median:.3f} [{low:.3f}, {high:.3f}]"
+        exact = "yes" if row["exact"] else "no"
+        print(f"{name:28}{cell:>24}{row['memory_copies']:>+10.3f}  {exact}")
+    low, median, high = result["throughput"]
+    print(
+        f"Images augmented as they are needed: {median:.3f} [{low:.3f}, {high:.3f}] of ready ones"
+    )
+
+
+def main() -> None:
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
+    (options,) = parser.parse_args_into_dataclasses()
+    machine = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "rounds": options.rounds,
-        "stock_step_ms": statistics.median(stock_ms),
-        **{name: statistics.quantiles(values, n=4) for name, values in ratios.items()},
-        "memory_copies": (peaks["amp"] - peaks["stock"]) / size,
-        "largest_copies": max(p.nbytes for p in params) / size,
     }
-    print(_TABLE.format(**result))
+    print(", ".join(f"{name} {value}" for name, value in (machine | asdict(options)).items()))
+    results = []
+    try:
+        for workload in options.workloads:
+            results.append(measure(workload, options))
+            show(results[-1])
+    except ValueError as error:
+        sys.exit(f"benchmark_step.py: error: {error}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
-
-
-_TABLE = """
-{model}, {image_size} px, batch {batch_size}, {device}, {threads} threads, torch {torch}
-stock step {stock_step_ms:.1f} ms; {rounds} rounds; median [quartiles]
-
-amp       {amp[1]:.3f} [{amp[0]:.3f}, {amp[2]:.3f}] times the stock step
-pipeline  {pipeline[1]:.3f} [{pipeline[0]:.3f}, {pipeline[2]:.3f}] times ready tensors' throughput
-memory    {memory_copies:.3f} copies of the parameters (the largest tensor: {largest_copies:.3f})"""
+            json.dump(machine | asdict(options) | {"results": results}, file, indent=2)
 
 
 if __name__ == "__main__":
