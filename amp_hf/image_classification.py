@@ -67,6 +67,13 @@ class ImageArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many."})
+    budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "How many times the stock Trainer's training time may be spent, > 1: the "
+            "settings of AMPConfig.for_budget, which further arguments override."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("image_size", "max_train_samples", "max_eval_samples"):
@@ -154,8 +161,11 @@ def parse(
         usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
     )
     parser.set_defaults(**_DEFAULTS | defaults)
-    if parser.parse_known_args(argv)[0].from_scratch:
+    known = parser.parse_known_args(argv)[0]
+    if known.from_scratch:
         parser.set_defaults(**_FROM_SCRATCH_DEFAULTS | defaults | from_scratch_defaults)
+    if known.budget is not None:
+        parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
     images, args, amp_config = parser.parse_args_into_dataclasses(argv)
     args.remove_unused_columns = False  # an `ImageDataset` has none
     return images, args, amp_config
@@ -181,7 +191,10 @@ def _read_yaml(path: str) -> list[str]:
 
 
 def build(
-    images: ImageArguments, args: TrainingArguments, amp_config: AMPConfig
+    images: ImageArguments,
+    args: TrainingArguments,
+    amp_config: AMPConfig,
+    trainer_class: type[AMPTrainer] = AMPTrainer,
 ) -> tuple[AMPTrainer, ImageDataset | None]:
     """The trainer, and the test set that it is evaluated on in the end."""
     _check_writable(str(args.output_dir))
@@ -231,7 +244,7 @@ def build(
     if kept % args.train_batch_size == 1 < kept:
         kept -= 1  # BatchNorm cannot do with a last batch of one
     train_dataset = dataset(train, kept, augment, "train")
-    trainer = AMPTrainer(
+    trainer = trainer_class(
         model=model,
         args=args,
         amp_config=amp_config,

@@ -3,10 +3,11 @@
     python recipes/benchmark_step.py
     python recipes/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16 --json out.json
 
-Trainers take turns, one cycle of optimizer steps each, `--rounds` times over, so that whatever else
-the machine does falls on all of them; each ratio is that of two cycles of one round, and the table
-shows the ratios' median and quartiles. On a GPU, events mark the steps and nothing waits in
-between. Images are random noise that lies ready: time does not depend on them.
+Each trainer lives in a process of its own, as a user's would: what the memory allocator gives back
+and fetches again is part of the cost. They take turns, one cycle of optimizer steps each,
+`--rounds` times over, so that whatever else the machine does falls on all of them; each ratio is
+that of two cycles of one round, and the table shows the ratios' median and quartiles. On a GPU,
+events mark the steps and nothing waits in between. Images are random noise that lies ready.
 
     time      of a step, forward pass to optimizer, over the stock Trainer's; N = 1
     memory    peak of live tensors over the steps less the stock one's, in copies of the parameters
@@ -19,6 +20,7 @@ line gives the throughput of images that are augmented as they are needed, over 
 """
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -64,6 +66,21 @@ class BenchmarkArguments:
     rounds: int = field(default=15, metadata={"help": "Cycles of each trainer."})
     bf16: bool = field(default=False, metadata={"help": "bf16 autocast, in all trainers."})
     json: str | None = field(default=None, metadata={"help": "A file for all results."})
+
+    def __post_init__(self) -> None:
+        for workload in self.workloads:
+            name, *numbers = workload.split(":")
+            if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+                raise ValueError(
+                    "--workloads takes model:image size:batch size, such as resnet18:32:128, not "
+                    f"{workload!r}."
+                )
+            try:
+                build_model(name, LABELS, int(numbers[0]), from_scratch=True)
+            except ValueError as error:
+                raise ValueError(f"--workloads {workload}: {error}") from error
+        if self.rounds < 2:
+            raise ValueError(f"--rounds must be at least 2, got {self.rounds}.")
 
 
 class ClosureTrainer(Trainer):
@@ -230,96 +247,110 @@ def noise(count: int, size: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features)
 
 
+STOCK, AUGMENTING = "stock Trainer", "stock Trainer, augmenting"
+TRAINERS: dict[str, dict] = {
+    STOCK: dict(cls=Trainer),
+    "AMPTrainer": dict(cls=AMPTrainer, amp_config=AMPConfig(RADIUS, ascent_start=0.0)),
+    "AMPTrainer, Δ reused": dict(
+        cls=AMPTrainer,
+        amp_config=AMPConfig(RADIUS, ascent_start=0.0, ascent_every=10**9, ascent_reuse=True),
+    ),
+    **{name: dict(cls=ClosureTrainer, algorithm=made) for name, (made, _) in ALTERNATIVES.items()},
+    AUGMENTING: dict(cls=Trainer),
+}
+
+
+def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type, **own) -> Trainer:
+    name, size, batch_size = workload
+    torch.manual_seed(0)
+    model = build_model(name, LABELS, size, from_scratch=True)
+    model.to(memory_format=torch.channels_last)
+    geometry, mean, std = preprocessing(model)
+    count = batch_size * (CYCLE + 1)
+    transform = train_transform("objects", mean, std)
+    data = ImageDataset(noise(count, size), "image", "label", geometry, transform)
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=CYCLE + 1,
+        per_device_train_batch_size=batch_size,
+        optim="sgd",
+        optim_args="momentum=0.9,nesterov=true",
+        learning_rate=SGD["lr"],
+        weight_decay=5e-4,
+        max_grad_norm=0.0,
+        bf16=bf16,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    if not augments:
+        data = Ready(data.__getitems__(list(range(batch_size))), count)
+    trainer = cls(model=model, args=args, data_collator=as_is, train_dataset=data, **own)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def work(connection, name: str, workload: tuple[str, int, int], bf16: bool) -> None:
+    """One trainer, which trains a cycle whenever it is told to."""
+    trainer = build(workload, bf16, augments=name == AUGMENTING, **TRAINERS[name])
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    clock, memory = Clock(), PeakMemory()
+    trainer.add_callback(memory)
+    trainer.train()
+    trainer.remove_callback(memory)
+    trainer.add_callback(clock)
+    connection.send((memory.peak, sum(p.numel() for p in params), sum(p.nbytes for p in params)))
+    while connection.recv():
+        trainer.train()
+        connection.send(clock.milliseconds())
+
+
 def measure(workload: str, options: BenchmarkArguments) -> dict:
     """The results of one workload, by trainer."""
-    try:
-        name, image_size, batch_size = workload.split(":")
-        size, batch = int(image_size), int(batch_size)
-    except ValueError:
-        raise ValueError(
-            f"--workloads takes model:image size:batch size, such as resnet18:32:128, not "
-            f"{workload!r}."
-        ) from None
-    count = batch * (CYCLE + 1)
+    name, size, batch_size = workload.rsplit(":", 2)
+    setting = name, int(size), int(batch_size)
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for key in TRAINERS:
+        here, there = context.Pipe()
+        context.Process(target=work, args=(there, key, setting, options.bf16), daemon=True).start()
+        there.close()
+        workers[key] = here
+    started = {key: connection.recv() for key, connection in workers.items()}
+    peaks = {key: peak for key, (peak, _, _) in started.items()}
+    _, parameters, copy = started[STOCK]
 
-    def trainer(cls, data=None, **kwargs):
-        torch.manual_seed(0)
-        model = build_model(name, LABELS, size, from_scratch=True)
-        model.to(memory_format=torch.channels_last)
-        args = TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
-            max_steps=CYCLE + 1,
-            per_device_train_batch_size=batch,
-            optim="sgd",
-            optim_args="momentum=0.9,nesterov=true",
-            learning_rate=SGD["lr"],
-            weight_decay=5e-4,
-            max_grad_norm=0.0,
-            bf16=options.bf16,
-            logging_strategy="no",
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
-        )
-        if data is None:
-            geometry, mean, std = preprocessing(model)
-            transform = train_transform("objects", mean, std)
-            data = ImageDataset(noise(count, size), "image", "label", geometry, transform)
-        return cls(model=model, args=args, data_collator=as_is, train_dataset=data, **kwargs)
-
-    augmenting = trainer(Trainer)
-    ready = Ready(augmenting.train_dataset.__getitems__(list(range(batch))), count)
-    reusing = AMPConfig(RADIUS, ascent_start=0.0, ascent_every=10**9, ascent_reuse=True)
-    trainers = {
-        "stock Trainer": trainer(Trainer, ready),
-        "AMPTrainer": trainer(AMPTrainer, ready, amp_config=AMPConfig(RADIUS, ascent_start=0.0)),
-        "AMPTrainer, Δ reused": trainer(AMPTrainer, ready, amp_config=reusing),
-        **{
-            name: trainer(ClosureTrainer, ready, algorithm=algorithm)
-            for name, (algorithm, _) in ALTERNATIVES.items()
-        },
-        "augmenting": augmenting,
-    }
-    peaks, clocks = {}, {}
-    for key, contestant in trainers.items():
-        memory, clocks[key] = PeakMemory(), Clock()
-        contestant.remove_callback(PrinterCallback)
-        contestant.add_callback(memory)
-        contestant.train()
-        peaks[key] = memory.peak
-        contestant.remove_callback(memory)
-        contestant.add_callback(clocks[key])
-
-    times: dict[str, list[tuple[float, float]]] = {key: [] for key in trainers}
+    times: dict[str, list[tuple[float, float]]] = {key: [] for key in workers}
     for _ in tqdm(range(options.rounds), desc=workload, unit=" rounds", disable=None):
-        for key, contestant in trainers.items():
-            contestant.train()
-            times[key].append(clocks[key].milliseconds())
+        for key, connection in workers.items():
+            connection.send(True)
+            times[key].append(connection.recv())
+    for connection in workers.values():
+        connection.send(False)
 
-    params = [p for p in augmenting.model.parameters() if p.requires_grad]
-    copy = sum(p.nbytes for p in params)
-    stock = times["stock Trainer"]
-    *contestants, _ = trainers
+    stock = times[STOCK]
     return {
         "workload": workload,
-        "parameters": sum(p.numel() for p in params),
+        "parameters": parameters,
         "stock_step_ms": statistics.median(step for step, _ in stock),
-        "throughput": _quartiles([s / a for (_, s), (_, a) in zip(stock, times["augmenting"])]),
+        "throughput": _quartiles([s / a for (_, s), (_, a) in zip(stock, times[AUGMENTING])]),
         "trainers": {
             key: {
                 "time": _quartiles([a / s for (a, _), (s, _) in zip(times[key], stock)]),
-                "memory_copies": (peaks[key] - peaks["stock Trainer"]) / copy,
+                "memory_copies": (peaks[key] - peaks[STOCK]) / copy,
                 "exact": ALTERNATIVES[key][1] if key in ALTERNATIVES else True,
             }
-            for key in contestants
+            for key in TRAINERS
+            if key != AUGMENTING
         },
     }
 
 
 def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return statistics.quantiles(values, n=4)
 
 
 def show(result: dict) -> None:
@@ -341,20 +372,20 @@ def show(result: dict) -> None:
 
 def main() -> None:
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
-    (options,) = parser.parse_args_into_dataclasses()
+    try:
+        (options,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        sys.exit(f"benchmark_step.py: error: {error}")
     machine = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(", ".join(f"{name} {value}" for name, value in (machine | asdict(options)).items()))
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     results = []
-    try:
-        for workload in options.workloads:
-            results.append(measure(workload, options))
-            show(results[-1])
-    except ValueError as error:
-        sys.exit(f"benchmark_step.py: error: {error}")
+    for workload in options.workloads:
+        results.append(measure(workload, options))
+        show(results[-1])
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(machine | asdict(options) | {"results": results}, file, indent=2)

@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
@@ -49,6 +49,10 @@ class DigitsArguments:
     train_samples: int = 200
     epochs: int = 40
     output_dir: str = "outputs/digits"
+    budget: float | None = field(
+        default=None,
+        metadata={"help": "Times the stock Trainer's training time, > 1: AMPConfig.for_budget."},
+    )
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -162,6 +166,9 @@ def main() -> None:
     parser.set_defaults(ascent_start=0.0)
     disable_progress_bar()  # of saving and loading
     try:
+        budget = parser.parse_known_args()[0].budget
+        if budget is not None:
+            parser.set_defaults(**AMPConfig.for_budget(budget).to_dict())
         compare(*parser.parse_args_into_dataclasses())
     except (ValueError, OSError) as error:
         sys.exit(f"train_digits.py: error: {error}")

@@ -17,12 +17,11 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PretrainedConfig,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-from amp_hf import AMPConfig, AMPTrainer
+from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
 
 
 @functools.cache
@@ -160,7 +159,7 @@ def arguments(folder, **kwargs):
 
 def trainer_for(model, folder, config=None, *, cls=AMPTrainer, data=None, trainer=None, **kwargs):
     """A trainer; `config` is for `AMPTrainer`, `trainer` holds further Trainer arguments."""
-    own = {} if cls is Trainer else {"amp_config": config}
+    own = {"amp_config": config} if issubclass(cls, AMPTrainerMixin) else {}
     if data is None:
         data = digits(next(model.parameters()).dtype)
     return cls(

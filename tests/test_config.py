@@ -144,6 +144,33 @@ def test_radius_zero_never_perturbs(reuse):
     )
 
 
+@pytest.mark.parametrize("budget", [1.01, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.6, 1.9, 2, 3])
+def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
+    config = AMPConfig.for_budget(budget)
+    passes = 1 + len(ascents(10_000, **config.to_dict())) / 10_000
+    assert passes == pytest.approx(min(budget, 2), abs=1e-3)
+    perturbed = sum(config.perturbs_at(step, 10_000) for step in range(10_000)) / 10_000
+    assert perturbed >= 0.6
+    if budget >= 2:
+        assert (config.ascent_start, config.ascent_every) == (0, 1)
+
+
+def test_the_settings_of_the_budget_that_is_recommended():
+    assert AMPConfig.for_budget(1.15) == AMPConfig(
+        epsilon=0.2, ascent_start=0.4, ascent_every=4, ascent_reuse=True
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 1.0, 0.5, 0, -1, NAN, INF, True, "1.15", None])
+def test_a_budget_that_buys_no_ascent_is_refused(budget):
+    with pytest.raises(ValueError) as caught:
+        AMPConfig.for_budget(budget)
+    assert (
+        f"takes a finite number > 1, times the stock Trainer's training time, got {budget!r}."
+        in (str(caught.value))
+    )
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

@@ -2,12 +2,16 @@
 
 import functools
 import pickle
+import warnings
 
 import pytest
 import torch
-from support import ConvNet, always, logged, make, train, weights
+from support import ConvNet, always, logged, make, train, trainer_for, weights
 from test_distributed import launch
 from torch._dynamo.utils import counters
+from transformers import Trainer
+
+from amp_hf import AMPTrainer
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +44,34 @@ def test_an_overflow_in_fp16_reaches_no_weight_and_lowers_the_scale(tmp_path):
     trainer.train()
     assert trainer.accelerator.scaler.get_scale() < start
     assert all(map(torch.equal, trainer.model.parameters(), before))
+
+
+@pytest.mark.parametrize("options", [{}, {"fp16": True}], ids=["float32", "fp16"])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_perturbed_step_waits_for_the_device_no_more_often_than_its_passes_do(
+    tmp_path, options, reuse
+):
+    def waits(cls, **own):
+        class Watched(cls):
+            def training_step(self, *args):
+                if self.state.global_step < 4:  # what is found out once a run
+                    return super().training_step(*args)
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    return super().training_step(*args)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+        trainer = trainer_for(
+            make(plain_net), tmp_path, cls=Watched, use_cpu=False, **own, **options
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    config = always(ascent_every=2 if reuse else 1, ascent_reuse=reuse)
+    assert waits(AMPTrainer, config=config) <= 2 * waits(Trainer)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -5,6 +5,8 @@ import pytest
 import reference
 import torch
 from support import LiveBytes
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amp_hf import perturbation as mathematics
 from amp_hf.perturbation import Perturbation, joint_empty_like, project
@@ -255,6 +257,45 @@ def test_a_perturbation_takes_one_copy_of_the_parameters_and_the_largest_while_t
         assert memory.peak <= largest + slack
         assert sum(memory.sizes.values()) <= slack
         assert memory.peak >= largest or act == perturbation.restore  # it does measure
+
+
+class Operations(TorchDispatchMode):
+    """Those that compute or copy, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function not in (torch.ops.prim.device.default, torch.ops.aten.alias.default):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_an_ascent_waits_for_nothing_and_takes_fewer_operations_than_parameters():
+    """Fake tensors compute nothing, and raise where a value would have to be waited for."""
+    shapes = [(2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
+    with FakeTensorMode():
+        params = [torch.empty(shape, device="cuda") for shape in shapes * 12]  # ViT-Base's blocks
+        rate = torch.ones((), device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            bool(rate)
+        gradient = joint_empty_like(params)
+        perturbation = Perturbation(params, 0.1, "global")
+        with Operations() as operations:
+            perturbation.ascend(gradient, rate)
+            perturbation.restore()
+        assert len(operations.names) < len(params)
+        assert "aten._foreach_norm.Scalar" in operations.names  # it does count
+        for ball in BALLS:
+            perturbation = Perturbation(params, 0.1, ball)
+            perturbation.ascend(gradient, rate)
+            perturbation.ascend(joint_empty_like(params), rate)
+            perturbation.leave()
+            perturbation.enter()
+            perturbation.leave(theta_moves=True)
+            perturbation.enter()
+            perturbation.restore()
 
 
 def test_joint_memory_is_that_of_empty_like_and_no_two_tensors_share_any_of_it():

@@ -157,22 +157,30 @@ def test_only_the_steps_that_the_config_names_are_perturbed(tmp_path):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("inner_steps", [1, 2])
-def test_steps_between_ascents_are_perturbed_by_the_last_delta_on_request(
-    tmp_path, inner_steps, accumulation, scope
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_late_start_every_third_step_and_a_part_of_the_batch_combine_as_they_say(
+    tmp_path, reuse, fraction, inner_steps, accumulation, scope
 ):
+    """Steps between ascents are plain, or with `ascent_reuse` displaced by the last Δ."""
     config = dict(epsilon=0.5, inner_lr=0.3, inner_steps=inner_steps)
+    budget = dict(ascent_start=0.25, ascent_every=3, ascent_fraction=fraction, ascent_reuse=reuse)
     model = make(dtype=torch.float64)
-    amp = AMPConfig(**config, scope=scope, ascent_start=0.25, ascent_every=3, ascent_reuse=True)
+    amp = AMPConfig(**config, **budget, scope=scope)
     theta, windows = recorded(model, tmp_path, amp, 8, accumulation)
-    delta = [torch.zeros_like(t) for t in theta]
+    zero = delta = [torch.zeros_like(t) for t in theta]
     for step, window in enumerate(windows):
         gradients = []
-        losses = [mlp_loss(batch) for batch in window]
-        for loss in losses:
+        seen = [mlp_loss(batch if fraction == 1 else first_half(batch)) for batch in window]
+        if scope == "batch":
+            seen = [mean(seen)] * accumulation
+        if not reuse:
+            delta = zero
+        for batch, loss in zip(window, seen):
             if step in (2, 5):
-                seen = mean(losses) if scope == "batch" else loss
-                delta = reference.perturbation(seen, theta, **config)
-            gradients.append(reference.gradient(loss, [t + d for t, d in zip(theta, delta)]))
+                delta = reference.perturbation(loss, theta, **config)
+            there = [t + d for t, d in zip(theta, delta)]
+            gradients.append(reference.gradient(mlp_loss(batch), there))
         theta = reference.sgd(theta, average(gradients), 0.1)
     assert_at(model, theta)
 
