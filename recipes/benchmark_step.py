@@ -13,10 +13,8 @@ events mark the steps and nothing waits in between. Images are random noise that
     memory    peak of live tensors over the steps less the stock one's, in copies of the parameters
     exact     whether the weights come back to the bit
 
-The alternatives run inside the Trainer, too, and take the same optimizer (SGD with Nesterov
-momentum): SAM and LookSAM of pytorch-optimizer and SAM of temperon in the way that their documents
-say, and AMP tensor by tensor, with Δ in the optimizer's state, as its authors released it. A last
-line gives the throughput of images that are augmented as they are needed, over that of ready ones.
+The alternatives (alternatives.py) run inside the Trainer, too, over the same optimizer, SGD with
+Nesterov momentum. A last line gives the throughput of images that are augmented as they are needed, over that of ready ones.
 """
 
 import json
@@ -25,15 +23,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import datasets
 import numpy as np
 import torch
+from alternatives import ALTERNATIVES, CYCLE, RADIUS, SGD, ClosureTrainer
 from PIL import Image
-from pytorch_optimizer import SAM, LookSAM
-from temperon import Temperon
 from tqdm.auto import tqdm
 from transformers import (
     HfArgumentParser,
@@ -47,10 +43,7 @@ from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.augment import train_transform
 from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
 
-RADIUS = 0.1
-CYCLE = 5  # steps: among them, one at which LookSAM perturbs
 LABELS = [str(i) for i in range(10)]
-SGD = dict(lr=0.001, momentum=0.9, nesterov=True)
 
 
 @dataclass
@@ -81,88 +74,6 @@ class BenchmarkArguments:
                 raise ValueError(f"--workloads {workload}: {error}") from error
         if self.rounds < 2:
             raise ValueError(f"--rounds must be at least 2, got {self.rounds}.")
-
-
-class ClosureTrainer(Trainer):
-    """The stock Trainer, with an algorithm that runs its own passes, by a closure.
-
-    The Trainer steps its optimizer without one, so all that happens in `training_step`.
-    """
-
-    def __init__(self, algorithm: Callable, **kwargs) -> None:
-        self.algorithm = algorithm
-        super().__init__(**kwargs)
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            self.perturbed_step = self.algorithm(super().create_optimizer(model))
-            self.optimizer = Stepped(self.model.parameters(), lr=0.0)
-        return self.optimizer
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        def closure():
-            model.zero_grad()
-            return super(ClosureTrainer, self).training_step(model, inputs, num_items_in_batch)
-
-        return self.perturbed_step(closure).detach()
-
-
-class Stepped(torch.optim.SGD):
-    """Has nothing left to do when it is told to step."""
-
-    def step(self, closure=None):
-        pass
-
-
-def pytorch_optimizer(cls: type, **options) -> Callable:
-    def algorithm(base):
-        groups = [{name: g[name] for name in ("params", "weight_decay")} for g in base.param_groups]
-        optimizer = cls(groups, torch.optim.SGD, rho=RADIUS, **options, **SGD)
-
-        def step(closure):
-            loss = closure()
-            optimizer.step(closure)
-            return loss
-
-        return step
-
-    return algorithm
-
-
-def temperon(base):
-    return Temperon(base, total_steps=10**9, tail_frac=1.0, rho=RADIUS).step
-
-
-def released(base):
-    """Tensor by tensor: each with a ball of its own, and back by subtraction."""
-
-    def step(closure):
-        loss = closure()
-        params = [param for group in base.param_groups for param in group["params"]]
-        with torch.no_grad():
-            for param in params:
-                delta = param.grad.clone()
-                norm = delta.norm()
-                if norm > RADIUS:
-                    delta = delta * (RADIUS / norm)
-                param.add_(delta)
-                base.state[param]["delta"] = delta
-        closure()
-        with torch.no_grad():
-            for param in params:
-                param.sub_(base.state[param].pop("delta"))
-        base.step()
-        return loss
-
-    return step
-
-
-ALTERNATIVES: dict[str, tuple[Callable, bool]] = {
-    "AMP as released": (released, False),
-    "SAM, temperon": (temperon, False),
-    "SAM, pytorch-optimizer": (pytorch_optimizer(SAM), True),
-    "LookSAM, pytorch-optimizer": (pytorch_optimizer(LookSAM, k=CYCLE), True),
-}
 
 
 class Clock(TrainerCallback):

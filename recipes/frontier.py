@@ -105,13 +105,19 @@ class FrontierArguments:
     )
     output: str = field(
         default=str(HERE / "frontier.json"),
-        metadata={"help": "All results; the plot lies beside it."},
+        metadata={"help": "All results; a plot of them, .png, lies beside it."},
     )
 
     def __post_init__(self) -> None:
         for name, known in (("settings", SETTINGS), ("rows", ROWS)):
             if unknown := [value for value in getattr(self, name) if value not in known]:
                 raise ValueError(f"--{name} knows {', '.join(known)}, not {unknown[0]!r}.")
+        for key in self.settings if self.data else []:
+            if not os.path.isdir(os.path.join(self.data, key)):
+                raise ValueError(
+                    f"--data {self.data} has no folder {key!r}. Pass --data a folder of local "
+                    "copies, or leave it out to take the data sets from the Hub."
+                )
 
 
 def arguments(options: FrontierArguments, key: str, row: Row, seed: int) -> list[str]:
@@ -214,9 +220,9 @@ def plot(found: dict, path: Path) -> None:
                     if (run["setting"], run["row"]) == (key, name)
                 ]
                 ratios = found["times"].get(key, {}).get(name)
-                if len(values) > 1 and ratios:
-                    mean, spread = statistics.mean(values), statistics.stdev(values)
-                    points[name] = statistics.median(ratios), mean, spread
+                if values and ratios:
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    points[name] = statistics.median(ratios), statistics.mean(values), spread
             for family, style in FAMILIES.items():
                 here = sorted(
                     point for name, point in points.items() if ROWS[name].family == family
@@ -270,8 +276,9 @@ def main() -> None:
         sys.exit(f"frontier.py: error: {error}")
     for key in SETTINGS:
         print(f"\n{table(found, key)}")
-    plot(found, path.with_suffix(".png"))
-    print(f"\nSaved {path} and {path.with_suffix('.png')}")
+    if found["times"]:
+        plot(found, path.with_suffix(".png"))
+    print(f"\nSaved {path}")
 
 
 if __name__ == "__main__":

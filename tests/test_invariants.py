@@ -357,6 +357,19 @@ def test_norm_statistics_of_both_passes_are_taken_on_request(tmp_path, inner_ste
     assert trainer.model.norm1.num_batches_tracked == 8 * (inner_steps + 1)
 
 
+def test_norm_statistics_count_one_batch_a_step_where_the_last_delta_is_reused(tmp_path):
+    trainer = train(make(ConvNet), tmp_path, always(ascent_every=3, ascent_reuse=True))
+    assert trainer.model.norm1.num_batches_tracked == 8
+
+
+def test_a_step_that_reuses_delta_draws_the_dropout_masks_of_the_stock_trainer(tmp_path):
+    results = []
+    for own in (dict(config=always(ascent_every=3, ascent_reuse=True)), dict(cls=Trainer)):
+        train(make(ConvNet), tmp_path, learning_rate=0.0, **own)
+        results.append(rng_states())
+    assert results[0] == results[1]
+
+
 def test_norm_statistics_are_from_theta_while_the_weights_move(tmp_path):
     # The last clean pass of the run, done by hand: momentum 0.1 from the statistics before it.
     model, recorder, befores = make(ConvNet, dtype=torch.float64), Recorder(), []

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,12 +10,17 @@ import pytest
 import sharded_recipe
 import torch
 from images import parquet_folder, rows
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Trainer
 
-from amp_hf import AMPConfig, vision
+from amp_hf import AMPConfig, AMPTrainer, vision
 from amp_hf.image_classification import ImageArguments, main, parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+sys.path.append(str(RECIPES))
+import benchmark_step  # noqa: E402
+import frontier  # noqa: E402
+import train_digits  # noqa: E402
+
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 2"
 
@@ -268,6 +274,96 @@ def test_bad_input_to_the_digits_recipe_ends_with_one_line(argument):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("train_digits.py: error: ")
+
+
+def main_of(recipe, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [recipe.__name__, *map(str, words)])
+    recipe.main()
+
+
+def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
+    tmp_path, monkeypatch, capsys
+):
+    """Times mean nothing here; that memory is counted does."""
+    names = [benchmark_step.STOCK, "AMPTrainer", benchmark_step.AUGMENTING]
+    some = {name: benchmark_step.TRAINERS[name] for name in names}
+    monkeypatch.setattr(benchmark_step, "TRAINERS", some)
+    words = ["--workloads=test_resnet:24:8", "--rounds=2", "--json", tmp_path / "out.json"]
+    main_of(benchmark_step, monkeypatch, *words)
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    rows = result["trainers"]
+    assert list(rows) == names[:2]
+    assert rows[names[0]]["time"] == [1, 1, 1]
+    assert rows["AMPTrainer"]["memory_copies"] == pytest.approx(1, abs=0.02)
+    assert f"{rows['AMPTrainer']['time'][1]:.3f} [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", benchmark_step.ALTERNATIVES)
+def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for(name):
+    """SAM's perturbation is one of AMP's that always reaches the ball."""
+    kind = dict(ball="tensor") if name == "AMP as released" else dict(inner_lr=1e6)
+    config = AMPConfig(benchmark_step.RADIUS, **kind, ascent_start=0.0, norm_stats="both")
+    after = []
+    for own in (benchmark_step.TRAINERS[name], dict(cls=AMPTrainer, amp_config=config)):
+        trainer = benchmark_step.build(("test_resnet", 24, 8), False, False, **own)
+        trainer.args.max_steps = 1  # LookSAM's first step is SAM's
+        trainer.train()
+        after.append([param.detach() for param in trainer.model.parameters()])
+    start = benchmark_step.build(("test_resnet", 24, 8), False, False, cls=Trainer).model
+    moved = [a - p for a, p in zip(after[0], start.parameters())]
+    expected = [a - p for a, p in zip(after[1], start.parameters())]
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
+    assert max(move.abs().max() for move in moved) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "said"),
+    [
+        (benchmark_step, ["--workloads=resnet18:32"], "takes model:image size:batch size"),
+        (benchmark_step, ["--workloads=resnet8:32:4"], "did you mean resnet18"),
+        (benchmark_step, ["--rounds=1"], "--rounds must be at least 2, got 1."),
+        (frontier, ["--rows", "SAM"], "--rows knows ERM, "),
+        (frontier, ["--settings", "mnist"], "--settings knows cifar10, gtsrb, not 'mnist'."),
+        (frontier, ["--data", "no/such"], "Pass --data a folder of local copies"),
+        (train_digits, ["--budget=0"], "takes a finite number > 1"),
+    ],
+)
+def test_bad_input_to_the_measuring_recipes_ends_with_one_line(monkeypatch, recipe, words, said):
+    with pytest.raises(SystemExit) as exit:
+        main_of(recipe, monkeypatch, *words)
+    (line,) = str(exit.value.code).splitlines()  # printed by Python, which then exits with 1
+    assert line.startswith(f"{recipe.__name__}.py: error: ") and said in line
+
+
+def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monkeypatch, capsys):
+    parquet_folder(tmp_path / "gtsrb", train=33, test=40)
+    short = dataclasses.replace(frontier.SETTINGS["gtsrb"], epochs=2)
+    monkeypatch.setitem(frontier.SETTINGS, "gtsrb", short)
+    words = ["--data", tmp_path, "--settings", "gtsrb", "--rounds=2"]
+    words += ["--output", tmp_path / "frontier.json"]
+    rows = ["--rows", "ERM", "budget 1.15"]
+    main_of(frontier, monkeypatch, *words, *rows, "--seeds", 0)
+    first = json.loads((tmp_path / "frontier.json").read_text())
+    rows += [name for name, row in frontier.ROWS.items() if row.trainer is not AMPTrainer]
+    main_of(frontier, monkeypatch, *words, *rows, "--seeds", 0, 1)
+    found = json.loads((tmp_path / "frontier.json").read_text())
+    assert found["runs"][:2] == first["runs"]  # with their seconds
+    done = [(run["row"], run["seed"]) for run in found["runs"]]
+    assert len(done) == len(set(done)) == 12
+    assert found["times"]["gtsrb"].keys() == set(rows[1:])
+    assert found["times"]["gtsrb"]["ERM"] == [1, 1]
+    table = frontier.table(found, "gtsrb")
+    assert table in capsys.readouterr().out
+    accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == "budget 1.15"]
+    assert f"{sum(accuracies) / 2:.2f} ± " in table
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_the_frontier_are_those_of_its_results():
+    found = json.loads((RECIPES / "frontier.json").read_text())
+    text = (RECIPES / "README.md").read_text()
+    for key in frontier.SETTINGS:
+        assert frontier.table(found, key) in text
 
 
 @pytest.mark.distributed
