@@ -14,7 +14,8 @@ events mark the steps and nothing waits in between. Images are random noise that
     exact     whether the weights come back to the bit
 
 The alternatives (alternatives.py) run inside the Trainer, too, over the same optimizer, SGD with
-Nesterov momentum. A last line gives the throughput of images that are augmented as they are needed, over that of ready ones.
+Nesterov momentum. A last line gives the throughput of images that are augmented as they are needed,
+over that of ready ones.
 """
 
 import json
