@@ -110,13 +110,14 @@ class AMPConfig:
         """The settings that gained most, in our runs, for `budget` times the stock Trainer's time.
 
         An ascent costs one further pass. There is one at every k-th step of the last part of the
-        training, and the steps between reuse its Δ. k is the least with which that part can be 60 %
-        of the training; it is longer as far as the budget allows. From 2 on, every step ascends.
+        training, and the steps between reuse its Δ. That part is 60 % of the training, as near as
+        a whole k lets it be with the whole budget spent. From 2 on, every step ascends.
 
         For schedules on which the stock Trainer overfits; recipes/README.md has the measurements.
 
         Args:
-            budget: > 1. Counted in passes: moving the parameters comes on top (there, too).
+            budget: > 1. Counted in passes: moving the parameters comes on top (there, too), and
+                an ascent after a checkpoint, where it falls between two others.
 
         Raises:
             ValueError: another budget.
@@ -127,7 +128,9 @@ class AMPConfig:
                 f"training time, got {budget!r}. AMPConfig(epsilon=0) is the stock Trainer."
             )
         spare = float(budget) - 1
-        every = max(1, math.ceil(round(0.6 / spare, 6)))  # 0.6 / (1.3 - 1) is 1.9999999999999998
+        # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
+        every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)))
+        every = max(1, every)
         start = max(0.0, round(1 - every * spare, 6))
         return cls(epsilon=0.2, ascent_start=start, ascent_every=every, ascent_reuse=every > 1)
 
@@ -158,17 +161,19 @@ class AMPConfig:
         except ValueError:
             return [f"{path} is not a JSON object"]
         here = self.to_dict()
+        saved = AMPConfig().to_dict() | saved
         return [
-            f"{name} was {saved.get(name)!r} and is {here.get(name)!r}"
-            for name in sorted(saved | here)
-            if saved.get(name) != here.get(name)
+            f"{name} was {saved[name]!r} and is {here.get(name)!r}"
+            for name in sorted(saved)
+            if saved[name] != here.get(name)
         ]
 
     def ascends_at(self, step: int, max_steps: int) -> bool:
         """Whether a perturbation is computed at optimizer step `step` (from 0) of `max_steps`.
 
         The first ⌊ascent_start · max_steps⌋ steps are plain, so there is at least one ascent; from
-        there on, every `ascent_every`-th step has one.
+        there on, every `ascent_every`-th step has one. With `ascent_reuse` the step after a
+        checkpoint has one, too, from which the next is counted.
         """
         since = self._steps_since_start(step, max_steps)
         return self.epsilon > 0 and since >= 0 and since % self.ascent_every == 0

@@ -109,9 +109,11 @@ def joint_empty_like(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def joint_blocks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The few blocks of memory that `joint_empty_like` laid `tensors` out in."""
+    """The few blocks that `joint_empty_like` laid `tensors` out in; they, where it was not that."""
     bases = (tensor if tensor._base is None else tensor._base for tensor in tensors)
-    return list({id(base): base for base in bases}.values())
+    blocks = list({id(base): base for base in bases}.values())
+    whole = sum(block.numel() for block in blocks) == sum(tensor.numel() for tensor in tensors)
+    return blocks if whole else list(tensors)
 
 
 class Perturbation:
@@ -178,6 +180,8 @@ class Perturbation:
     @torch.no_grad()
     def leave(self, theta_moves: bool = False) -> None:
         """Puts θ back and keeps θ + Δ for `enter`, or Δ where θ will have moved by then."""
+        if not self._originals:
+            return
         self._theta_moves = theta_moves
         while self._originals:
             params, originals = self._originals[-1]
@@ -250,4 +254,4 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[_Piece]]:
 
 
 def _members(tensors: Sequence[Tensor], group: list[_Piece]) -> list[Tensor]:
-    return [tensors[i][piece] for i, piece in group]
+    return [tensors[i] if piece is ... else tensors[i][piece] for i, piece in group]

@@ -63,9 +63,12 @@ class AMPTrainerMixin(_Parent):
     _loss_is_share: bool | None  # see `_is_share`; found out once a run
     _clean_losses: list[Tensor]  # at θ, of the micro-batches that Δ holds for and that are to come
 
-    # The run that what follows is about, the step of its last ascent, and the Δ that can be reused.
+    # The run that what follows is about, its last perturbed step and its last one with an ascent,
+    # and the parameters and the Δ of that, where it can be reused.
     _run: TrainerState | None
+    _last_perturbed: int
     _last_ascent: int
+    _perturbed: list[nn.Parameter]
     _reusable: Perturbation | None
 
     # Sums over the steps with an ascent since the last log.
@@ -131,8 +134,10 @@ class AMPTrainerMixin(_Parent):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._run is not self.state:  # a new run, or a smaller batch size is tried
             self._start_run()
-        if config.ascends_at(step, self.state.max_steps) or self._reusable is None:
-            self._last_ascent = step
+        if step != self._last_perturbed:  # its first micro-batch
+            self._last_perturbed = step
+            if self._must_ascend():
+                self._last_ascent = step
         try:
             if self._last_ascent == step:
                 return self._ascending_step(model, inputs, num_items_in_batch)
@@ -141,21 +146,33 @@ class AMPTrainerMixin(_Parent):
             self._perturbation.restore()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._ascended_steps:
+        if "loss" in logs and self._ascended_steps and self._run is self.state:
             means = self.accelerator.reduce(self._sums / self._ascended_steps, reduction="mean")
             logs |= zip(("amp/loss", "amp/sharpness", "amp/delta_norm"), means.tolist())
             self._start_statistics()
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
-        self._reusable = None
         # Before the parent's part, which may push the folder to the Hub.
         if self.args.should_save:
             folder = str(output_dir or self.args.output_dir)
             os.makedirs(folder, exist_ok=True)
             self.amp_config.to_json_file(os.path.join(folder, AMP_CONFIG_NAME))
         super().save_model(output_dir, *args, **kwargs)
+
+    def _must_ascend(self) -> bool:
+        """Whether there is no Δ that this step could reuse."""
+        if self._reusable is None:
+            return True
+        assert self._tensors is not None
+        # Callbacks may have frozen parameters or unfrozen them.
+        changed = list(map(id, self._perturbed)) != list(map(id, self._tensors.perturbed()))
+        return changed or self.state.global_step - self._last_ascent >= self.amp_config.ascent_every
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
+        self._reusable = None
+        super()._save_checkpoint(*args, **kwargs)
 
     def _ascending_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
@@ -193,7 +210,7 @@ class AMPTrainerMixin(_Parent):
 
     def _put_aside(self) -> None:
         """θ back into the parameters; Δ stays only if steps to come reuse it."""
-        if self.amp_config.ascent_reuse:
+        if self.amp_config.ascent_reuse and self.amp_config.ascent_every > 1:
             self._perturbation.leave(theta_moves=True)
             self._reusable = self._perturbation
         else:
@@ -215,7 +232,7 @@ class AMPTrainerMixin(_Parent):
             if self._engine.learns_graph(model):
                 self._traceless_pass(model, inputs, num_items_in_batch)
         engine = self._engine
-        perturbed = self._tensors.perturbed()
+        perturbed = self._perturbed = self._tensors.perturbed()
         batches = self._window if engine.scope == "batch" and self._window else [inputs]
         window, ranks = max(1, len(self._window)), self.accelerator.num_processes
         joined = window * ranks > 1
@@ -352,6 +369,7 @@ class AMPTrainerMixin(_Parent):
 
     def _start_run(self) -> None:
         self._run = self.state
+        self._last_perturbed = -1
         self._reusable = None
         self._start_statistics()
 

@@ -9,9 +9,10 @@ and fetches again is part of the cost. They take turns, one cycle of optimizer s
 that of two cycles of one round, and the table shows the ratios' median and quartiles. On a GPU,
 events mark the steps and nothing waits in between. Images are random noise that lies ready.
 
-    time      of a step, forward pass to optimizer, over the stock Trainer's; N = 1
+    time      of a step, forward pass to optimizer, over the stock Trainer's; N = 1, but for the
+              step between two ascents that reuses Δ
     memory    peak of live tensors over the steps less the stock one's, in copies of the parameters
-    exact     whether the weights come back to the bit
+    exact     whether the weights come back to the bit (by copies; by subtraction they do not)
 
 The alternatives (alternatives.py) run inside the Trainer, too, over the same optimizer, SGD with
 Nesterov momentum. A last line gives the throughput of images that are augmented as they are needed,
@@ -163,7 +164,7 @@ STOCK, AUGMENTING = "stock Trainer", "stock Trainer, augmenting"
 TRAINERS: dict[str, dict] = {
     STOCK: dict(cls=Trainer),
     "AMPTrainer": dict(cls=AMPTrainer, amp_config=AMPConfig(RADIUS, ascent_start=0.0)),
-    "AMPTrainer, Δ reused": dict(
+    "AMPTrainer, reusing Δ": dict(
         cls=AMPTrainer,
         amp_config=AMPConfig(RADIUS, ascent_start=0.0, ascent_every=10**9, ascent_reuse=True),
     ),

@@ -4,10 +4,11 @@
     python recipes/frontier.py --settings gtsrb --rows ERM "budget 1.15" --seeds 0 1 2
     python recipes/frontier.py --data path/to    # local copies in its folders cifar10 and gtsrb
 
-Trains timm's smallest ResNet from scratch on subsets of 2,000 images, on schedules long enough for
-ERM to overfit, and tests the last epoch's model on the whole official test set. A run that is in
-the file is not repeated, so an interrupted one goes on where it was. Times are measured apart from
-that, in short trainings that take turns, `--rounds` of them, as ratios to ERM's in the same round.
+Trains timm's smallest ResNet from scratch on subsets, on two schedules long enough for ERM to
+overfit and on a short one, and tests the last epoch's model on the whole official test set. A run
+that is in the file is not repeated, so an interrupted one goes on where it was. Times are measured
+apart from that, in short trainings that take turns, `--rounds` of them, as ratios to ERM's in the
+same round.
 """
 
 import json
@@ -31,6 +32,7 @@ from amp_hf import AMPTrainer
 from amp_hf.image_classification import build, parse
 
 HERE = Path(__file__).parent
+UNUSED = os.path.join(tempfile.gettempdir(), "amp_hf_frontier")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Setting:
     dataset: str
     argv: str
     epochs: int
+
+    @property
+    def folder(self) -> str:
+        return self.dataset.partition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,25 @@ class Row:
 
 SETTINGS = {
     "cifar10": Setting(
-        "CIFAR-10, 2,000 images, 100 epochs", "uoft-cs/cifar10", "--augment objects", 100
+        "CIFAR-10, 2,000 images, 100 epochs",
+        "uoft-cs/cifar10",
+        "--max_train_samples 2000 --augment objects",
+        100,
     ),
-    "gtsrb": Setting("GTSRB, 2,000 images, 60 epochs", "tanganke/gtsrb", "--augment none", 60),
+    "gtsrb": Setting(
+        "GTSRB, 2,000 images, 60 epochs",
+        "tanganke/gtsrb",
+        "--max_train_samples 2000 --augment none",
+        60,
+    ),
+    "gtsrb_short": Setting(
+        "GTSRB, 10,000 images, 5 epochs",
+        "tanganke/gtsrb",
+        "--max_train_samples 10000 --augment signs",
+        5,
+    ),
 }
-COMMON = "--model test_resnet --from_scratch --max_train_samples 2000"
+COMMON = "--model test_resnet --from_scratch --save_strategy no"
 
 # The plot's families, in colours of Okabe and Ito (2008), which all can tell apart.
 FAMILIES = {
@@ -113,9 +133,10 @@ class FrontierArguments:
             if unknown := [value for value in getattr(self, name) if value not in known]:
                 raise ValueError(f"--{name} knows {', '.join(known)}, not {unknown[0]!r}.")
         for key in self.settings if self.data else []:
-            if not os.path.isdir(os.path.join(self.data, key)):
+            folder = SETTINGS[key].folder
+            if not os.path.isdir(os.path.join(self.data, folder)):
                 raise ValueError(
-                    f"--data {self.data} has no folder {key!r}. Pass --data a folder of local "
+                    f"--data {self.data} has no folder {folder!r}. Pass --data a folder of local "
                     "copies, or leave it out to take the data sets from the Hub."
                 )
 
@@ -123,16 +144,15 @@ class FrontierArguments:
 def arguments(options: FrontierArguments, key: str, row: Row, seed: int) -> list[str]:
     """What the recipe of the setting takes on its command line."""
     setting = SETTINGS[key]
-    dataset = os.path.join(options.data, key) if options.data else setting.dataset
+    dataset = os.path.join(options.data, setting.folder) if options.data else setting.dataset
     epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
     words = f"{COMMON} {setting.argv} {epochs} --seed {seed} {row.argv}".split()
     return [*words, "--dataset", dataset]
 
 
 def trainer_of(argv: list[str], row: Row, *more: str):
-    quiet = ["--save_strategy", "no", "--logging_strategy", "no", "--disable_tqdm", "true"]
-    folder = tempfile.mkdtemp()
-    parsed = parse({}, {}, None, [*argv, *quiet, "--output_dir", folder, *more])
+    quiet = ["--logging_strategy", "no", "--disable_tqdm", "true", "--output_dir", UNUSED]
+    parsed = parse({}, {}, None, [*argv, *quiet, *more])
     trainer, test = build(*parsed, row.trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer, test
@@ -144,7 +164,8 @@ def result_of(options: FrontierArguments, key: str, name: str, seed: int) -> dic
     trainer, test = trainer_of(argv, row)
     seconds = trainer.train().metrics["train_runtime"]
     metrics = trainer.evaluate(test, metric_key_prefix="test")
-    recipe = f"recipes/train_{key}.py" if row.trainer is AMPTrainer else row.trainer.__name__
+    script = f"recipes/train_{SETTINGS[key].folder}.py"
+    recipe = script if row.trainer is AMPTrainer else row.trainer.__name__
     return {
         "setting": key,
         "row": name,
@@ -159,18 +180,20 @@ def result_of(options: FrontierArguments, key: str, name: str, seed: int) -> dic
 
 def times_of(options: FrontierArguments, key: str) -> dict[str, list[float]]:
     """Ratios to ERM's training time in the same round, by row."""
-    short = ["--num_train_epochs", "5", "--max_eval_samples", "10"]
+    short = ["--num_train_epochs", "5", "--max_train_samples", "2000", "--max_eval_samples", "10"]
     trainers = {
         name: trainer_of(arguments(options, key, ROWS[name], 0), ROWS[name], *short)[0]
         for name in dict.fromkeys(["ERM", *options.rows])
     }
     ratios: dict[str, list[float]] = {name: [] for name in trainers}
+    order = list(trainers)
     for _ in tqdm(range(options.rounds), desc=f"timing {key}", unit=" rounds", disable=None):
         seconds = {}
-        for name, trainer in trainers.items():
+        for name in order:
             begin = time.perf_counter()
-            trainer.train()
+            trainers[name].train()
             seconds[name] = time.perf_counter() - begin
+        order.append(order.pop(0))  # what changes within a round falls on all
         for name, value in seconds.items():
             ratios[name].append(ROWS[name].epochs * value / seconds["ERM"])
     return ratios

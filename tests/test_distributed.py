@@ -154,6 +154,10 @@ RESUMED = dict(
     gradient_accumulation_steps=2,
     max_steps=6,
 )
+# The same with a Δ that is reused: computed at the steps 0 and 3, after the checkpoint.
+REUSED = RESUMED | dict(
+    config={"ascent_every": 4, "ascent_reuse": True}, save_strategy="steps", save_steps=3
+)
 # Data that no number of steps or ranks divides: followed by the reference.
 UNEVEN = {
     "short last batch and window": dict(
@@ -184,6 +188,7 @@ def uneven_cases(engine):
 
 def cases_of(engine):
     resumed = {"whole": RESUMED, "resumed": RESUMED | {"cut": 3}}
+    resumed |= {"whole, reused": REUSED, "resumed, reused": REUSED | {"cut": 3}}
     refused = {
         f"refused, {name}": case | {"refused": True}
         for name, (case, _) in REFUSED.get(engine, {}).items()
@@ -332,9 +337,10 @@ def test_a_perturbed_step_communicates_no_more_than_it_must(outcomes, engine, sc
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(outcomes, engine):
+@pytest.mark.parametrize("reused", ["", ", reused"])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(outcomes, engine, reused):
     for rank in outcomes(engine):
-        whole, resumed = rank["whole"]["weights"], rank["resumed"]["weights"]
+        whole, resumed = (rank[f"{run}{reused}"]["weights"] for run in ("whole", "resumed"))
         assert len(whole) == len(resumed) == 6
         for expected, actual in zip(whole, resumed):
             for key, value in expected.items():

@@ -461,6 +461,27 @@ def test_a_parameter_that_is_unfrozen_during_training_is_perturbed_from_then_on(
     assert moved == [["fc2.weight", "fc2.bias"]] * 3 + [list(passes[0])] * 3
 
 
+def test_freezing_a_parameter_ends_the_reuse_of_a_delta_that_displaces_it(tmp_path):
+    model, passes = make(), []
+
+    def freeze(event, state, control):
+        if state.global_step == 2:
+            model.fc1.requires_grad_(False)
+
+    model.register_forward_pre_hook(lambda *_: passes.append(weights(model)))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = {"callbacks": [on(["on_step_begin"], freeze)], "optimizers": (sgd, None)}
+    config = always(ascent_every=4, ascent_reuse=True)
+    run = train(model, tmp_path, config, max_steps=4, trainer=trainer)
+    assert [entry["step"] for entry in run.state.log_history if "amp/loss" in entry] == [1, 3]
+    *_, plain, displaced, reused = passes
+    assert not {"fc1.weight", "fc1.bias"} & {
+        *differing(plain, displaced),
+        *differing(plain, reused),
+    }
+    assert "fc2.weight" in differing(plain, displaced)
+
+
 # Memory
 
 

@@ -323,7 +323,11 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
         (benchmark_step, ["--workloads=resnet8:32:4"], "did you mean resnet18"),
         (benchmark_step, ["--rounds=1"], "--rounds must be at least 2, got 1."),
         (frontier, ["--rows", "SAM"], "--rows knows ERM, "),
-        (frontier, ["--settings", "mnist"], "--settings knows cifar10, gtsrb, not 'mnist'."),
+        (
+            frontier,
+            ["--settings", "mnist"],
+            "--settings knows cifar10, gtsrb, gtsrb_short, not 'mnist'.",
+        ),
         (frontier, ["--data", "no/such"], "Pass --data a folder of local copies"),
         (train_digits, ["--budget=0"], "takes a finite number > 1"),
     ],

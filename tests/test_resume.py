@@ -22,7 +22,7 @@ def start(folder, mode, config):
     [
         ("ascents", [4, 6, 8, 10, 12]),
         # Also after each checkpoint, which holds no Δ.
-        ("reused", [4, 7, 8, 10, 12]),
+        ("reused", [4, 7, 10]),
         ("sub_batch", [4, 6, 8, 10, 12]),
     ],
 )

@@ -157,6 +157,16 @@ def test_amp_values_are_means_over_the_perturbed_steps_and_absent_where_there_wa
         assert logged(run(2), key) == pytest.approx(single, rel=1e-5)  # of steps 2-3, 6-7 and 8-9
 
 
+def test_amp_values_of_one_training_are_not_logged_in_the_next(tmp_path):
+    trainer = trainer_for(
+        make(), tmp_path, AMPConfig(ascent_start=0.5), max_steps=10, logging_steps=4
+    )
+    for _ in range(2):
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [entry["step"] for entry in logs if "amp/loss" in entry] == [8]
+
+
 def test_amp_values_reach_tensorboard(tmp_path):
     trainer = train(make(), tmp_path, always(), report_to="tensorboard", max_steps=3)
     (events,) = tmp_path.rglob("events.out.tfevents.*")
