@@ -288,7 +288,13 @@ def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
     names = [benchmark_step.STOCK, "AMPTrainer", benchmark_step.AUGMENTING]
     some = {name: benchmark_step.TRAINERS[name] for name in names}
     monkeypatch.setattr(benchmark_step, "TRAINERS", some)
-    words = ["--workloads=test_resnet:24:8", "--rounds=2", "--json", tmp_path / "out.json"]
+    words = [
+        "--workloads=test_resnet:24:8",
+        "--rounds=2",
+        "--starts=1",
+        "--json",
+        tmp_path / "out.json",
+    ]
     main_of(benchmark_step, monkeypatch, *words)
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     rows = result["trainers"]
@@ -321,7 +327,7 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
     [
         (benchmark_step, ["--workloads=resnet18:32"], "takes model:image size:batch size"),
         (benchmark_step, ["--workloads=resnet8:32:4"], "did you mean resnet18"),
-        (benchmark_step, ["--rounds=1"], "--rounds must be at least 2, got 1."),
+        (benchmark_step, ["--starts=0"], "--rounds and --starts must be at least 1"),
         (frontier, ["--rows", "SAM"], "--rows knows ERM, "),
         (
             frontier,
