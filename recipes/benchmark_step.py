@@ -3,12 +3,10 @@
     python recipes/benchmark_step.py
     python recipes/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16 --json out.json
 
-Each trainer lives in a process of its own, as a user's would: what the memory allocator gives back
-and fetches again is part of the cost. They take turns, one cycle of optimizer steps each,
-`--rounds` times over, so that whatever else the machine does falls on all of them, and in
-`--starts` new processes each, because how one's heap happens to lie stays with it. Each ratio is
-that of two cycles of one round; the table shows the ratios' median and quartiles. On a GPU, events
-mark the steps and nothing waits in between. Images are random noise that lies ready.
+Trainers take turns in one process, one cycle of optimizer steps each, `--rounds` times over, so
+that whatever else the machine does falls on all of them; each ratio is that of two cycles of one
+round, and the table shows the ratios' median and quartiles. On a GPU, events mark the steps and
+nothing waits in between. Images are random noise that lies ready: time does not depend on them.
 
     time      of a step, forward pass to optimizer, over the stock Trainer's; N = 1, but for the
               step between two ascents that reuses Δ
@@ -21,13 +19,11 @@ over that of ready ones.
 """
 
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 
 import datasets
 import numpy as np
@@ -60,8 +56,7 @@ class BenchmarkArguments:
         ],
         metadata={"help": "model:image size:batch size, any number of them."},
     )
-    rounds: int = field(default=5, metadata={"help": "Cycles of each process."})
-    starts: int = field(default=3, metadata={"help": "Processes of each trainer."})
+    rounds: int = field(default=15, metadata={"help": "Cycles of each trainer."})
     bf16: bool = field(default=False, metadata={"help": "bf16 autocast, in all trainers."})
     json: str | None = field(default=None, metadata={"help": "A file for all results."})
 
@@ -77,8 +72,8 @@ class BenchmarkArguments:
                 build_model(name, LABELS, int(numbers[0]), from_scratch=True)
             except ValueError as error:
                 raise ValueError(f"--workloads {workload}: {error}") from error
-        if min(self.rounds, self.starts) < 1 or self.rounds * self.starts < 2:
-            raise ValueError("--rounds and --starts must be at least 1, and one of them 2.")
+        if self.rounds < 2:
+            raise ValueError(f"--rounds must be at least 2, got {self.rounds}.")
 
 
 class Clock(TrainerCallback):
@@ -209,52 +204,35 @@ def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type,
     return trainer
 
 
-def start(name: str, workload: tuple[str, int, int], bf16: bool) -> Connection:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    context.Process(target=work, args=(there, name, workload, bf16), daemon=True).start()
-    there.close()
-    return here
-
-
-def work(connection: Connection, name: str, workload: tuple[str, int, int], bf16: bool) -> None:
-    """One trainer, which trains a cycle whenever it is told to."""
-    trainer = build(workload, bf16, augments=name == AUGMENTING, **TRAINERS[name])
-    params = [p for p in trainer.model.parameters() if p.requires_grad]
-    clock, memory = Clock(), PeakMemory()
-    trainer.add_callback(memory)
-    trainer.train()
-    trainer.remove_callback(memory)
-    trainer.add_callback(clock)
-    connection.send((memory.peak, sum(p.numel() for p in params), sum(p.nbytes for p in params)))
-    while connection.recv():
-        trainer.train()
-        connection.send(clock.milliseconds())
-
-
 def measure(workload: str, options: BenchmarkArguments) -> dict:
     """The results of one workload, by trainer."""
     name, size, batch_size = workload.rsplit(":", 2)
     setting = name, int(size), int(batch_size)
-    times: dict[str, list[tuple[float, float]]] = {key: [] for key in TRAINERS}
-    with tqdm(total=options.starts * options.rounds, desc=workload, disable=None) as progress:
-        for _ in range(options.starts):
-            workers = {key: start(key, setting, options.bf16) for key in TRAINERS}
-            started = {key: connection.recv() for key, connection in workers.items()}
-            for _ in range(options.rounds):
-                for key, connection in workers.items():
-                    connection.send(True)
-                    times[key].append(connection.recv())
-                progress.update()
-            for connection in workers.values():
-                connection.send(False)
+    trainers = {
+        key: build(setting, options.bf16, augments=key == AUGMENTING, **own)
+        for key, own in TRAINERS.items()
+    }
+    peaks, clocks = {}, {}
+    for key, trainer in trainers.items():
+        memory, clocks[key] = PeakMemory(), Clock()
+        trainer.add_callback(memory)
+        trainer.train()
+        peaks[key] = memory.peak
+        trainer.remove_callback(memory)
+        trainer.add_callback(clocks[key])
 
-    peaks = {key: peak for key, (peak, _, _) in started.items()}
-    _, parameters, copy = started[STOCK]
+    times: dict[str, list[tuple[float, float]]] = {key: [] for key in trainers}
+    for _ in tqdm(range(options.rounds), desc=workload, unit=" rounds", disable=None):
+        for key, trainer in trainers.items():
+            trainer.train()
+            times[key].append(clocks[key].milliseconds())
+
+    params = [p for p in trainers[STOCK].model.parameters() if p.requires_grad]
+    copy = sum(p.nbytes for p in params)
     stock = times[STOCK]
     return {
         "workload": workload,
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in params),
         "stock_step_ms": statistics.median(step for step, _ in stock),
         "throughput": _quartiles([s / a for (_, s), (_, a) in zip(stock, times[AUGMENTING])]),
         "trainers": {

@@ -291,7 +291,6 @@ def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
     words = [
         "--workloads=test_resnet:24:8",
         "--rounds=2",
-        "--starts=1",
         "--json",
         tmp_path / "out.json",
     ]
@@ -327,7 +326,7 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
     [
         (benchmark_step, ["--workloads=resnet18:32"], "takes model:image size:batch size"),
         (benchmark_step, ["--workloads=resnet8:32:4"], "did you mean resnet18"),
-        (benchmark_step, ["--starts=0"], "--rounds and --starts must be at least 1"),
+        (benchmark_step, ["--rounds=1"], "--rounds must be at least 2, got 1."),
         (frontier, ["--rows", "SAM"], "--rows knows ERM, "),
         (
             frontier,
