@@ -260,7 +260,12 @@ def plot(found: dict, path: Path) -> None:
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
         row_of_axes[1].set_title(SETTINGS[key].title)
-    axes[0][0].legend(fontsize=8)
+    entries = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels())
+    }
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
