@@ -142,6 +142,11 @@ def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
     print(
         f"\n{options.train_samples} training images, n = {options.seeds} seeds, AMP with epsilon "
         f"{amp_config.epsilon:g} and ascent_start {amp_config.ascent_start:g}"
+        + (
+            f", an ascent every {amp_config.ascent_every} steps"
+            if amp_config.ascent_every > 1
+            else ""
+        )
     )
     print(" " * 5 + "".join(f"{column:>20}" for column in COLUMNS))
     for name, runs in results.items():
