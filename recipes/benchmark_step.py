@@ -3,10 +3,11 @@
     python recipes/benchmark_step.py
     python recipes/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16 --json out.json
 
-Trainers take turns in one process, one cycle of optimizer steps each, `--rounds` times over, so
-that whatever else the machine does falls on all of them; each ratio is that of two cycles of one
-round, and the table shows the ratios' median and quartiles. On a GPU, events mark the steps and
-nothing waits in between. Images are random noise that lies ready: time does not depend on them.
+Each trainer has a process of its own, as it would in use, and takes turns there with the stock
+one, one cycle of optimizer steps each, `--rounds` times over, so that whatever else the machine
+does falls on both; the table shows the median and the quartiles of the cycles' ratios. On a GPU,
+events mark the steps and nothing waits in between. Images are random noise that lies ready: time
+does not depend on them.
 
     time      of a step, forward pass to optimizer, over the stock Trainer's; N = 1, but for the
               step between two ascents that reuses Δ
@@ -19,6 +20,7 @@ over that of ready ones.
 """
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -206,45 +208,56 @@ def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type,
 
 def measure(workload: str, options: BenchmarkArguments) -> dict:
     """The results of one workload, by trainer."""
-    name, size, batch_size = workload.rsplit(":", 2)
-    setting = name, int(size), int(batch_size)
-    trainers = {
-        key: build(setting, options.bf16, augments=key == AUGMENTING, **own)
-        for key, own in TRAINERS.items()
-    }
-    peaks, clocks = {}, {}
-    for key, trainer in trainers.items():
-        memory, clocks[key] = PeakMemory(), Clock()
-        trainer.add_callback(memory)
-        trainer.train()
-        peaks[key] = memory.peak
-        trainer.remove_callback(memory)
-        trainer.add_callback(clocks[key])
-
-    times: dict[str, list[tuple[float, float]]] = {key: [] for key in trainers}
-    for _ in tqdm(range(options.rounds), desc=workload, unit=" rounds", disable=None):
-        for key, trainer in trainers.items():
-            trainer.train()
-            times[key].append(clocks[key].milliseconds())
-
-    params = [p for p in trainers[STOCK].model.parameters() if p.requires_grad]
-    copy = sum(p.nbytes for p in params)
-    stock = times[STOCK]
+    keys = [key for key in TRAINERS if key != STOCK]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        found = {
+            key: pool.apply(beside_stock, (workload, options.bf16, options.rounds, key))
+            for key in tqdm(keys, desc=workload, unit=" trainers", disable=None)
+        }
+    augmenting = found.pop(AUGMENTING)
     return {
         "workload": workload,
-        "parameters": sum(p.numel() for p in params),
-        "stock_step_ms": statistics.median(step for step, _ in stock),
-        "throughput": _quartiles([s / a for (_, s), (_, a) in zip(stock, times[AUGMENTING])]),
+        "parameters": augmenting["parameters"],
+        "stock_step_ms": statistics.median(ms for each in found.values() for ms in each["stock"]),
+        "throughput": _quartiles([1 / ratio for ratio in augmenting["cycle"]]),
         "trainers": {
             key: {
-                "time": _quartiles([a / s for (a, _), (s, _) in zip(times[key], stock)]),
-                "memory_copies": (peaks[key] - peaks[STOCK]) / copy,
+                "time": _quartiles(each["step"]),
+                "memory_copies": each["memory_copies"],
                 "exact": ALTERNATIVES[key][1] if key in ALTERNATIVES else True,
             }
-            for key in TRAINERS
-            if key != AUGMENTING
+            for key, each in found.items()
         },
     }
+
+
+def beside_stock(workload: str, bf16: bool, rounds: int, key: str) -> dict:
+    """The trainer `key` and the stock one in turn, in this process."""
+    name, size, batch_size = workload.rsplit(":", 2)
+    setting = name, int(size), int(batch_size)
+    trainers = [build(setting, bf16, of == AUGMENTING, **TRAINERS[of]) for of in (STOCK, key)]
+    peaks, clocks = [], []
+    for trainer in trainers:
+        memory, clock = PeakMemory(), Clock()
+        trainer.add_callback(memory)
+        trainer.train()
+        trainer.remove_callback(memory)
+        trainer.add_callback(clock)
+        peaks.append(memory.peak)
+        clocks.append(clock)
+
+    found: dict[str, list[float]] = {"stock": [], "step": [], "cycle": []}
+    for _ in range(rounds):
+        for trainer in trainers:
+            trainer.train()
+        (stock, stock_cycle), (own, own_cycle) = (clock.milliseconds() for clock in clocks)
+        found["stock"].append(stock)
+        found["step"].append(own / stock)
+        found["cycle"].append(own_cycle / stock_cycle)
+    params = [p for p in trainers[0].model.parameters() if p.requires_grad]
+    copies = (peaks[1] - peaks[0]) / sum(p.nbytes for p in params)
+    return found | {"memory_copies": copies, "parameters": sum(p.numel() for p in params)}
 
 
 def _quartiles(values: list[float]) -> list[float]:

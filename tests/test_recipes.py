@@ -285,7 +285,7 @@ def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
     tmp_path, monkeypatch, capsys
 ):
     """Times mean nothing here; that memory is counted does."""
-    names = [benchmark_step.STOCK, "AMPTrainer", benchmark_step.AUGMENTING]
+    names = ["AMPTrainer", benchmark_step.AUGMENTING]
     some = {name: benchmark_step.TRAINERS[name] for name in names}
     monkeypatch.setattr(benchmark_step, "TRAINERS", some)
     words = [
@@ -297,8 +297,7 @@ def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
     main_of(benchmark_step, monkeypatch, *words)
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     rows = result["trainers"]
-    assert list(rows) == names[:2]
-    assert rows[names[0]]["time"] == [1, 1, 1]
+    assert list(rows) == ["AMPTrainer"]
     assert rows["AMPTrainer"]["memory_copies"] == pytest.approx(1, abs=0.02)
     assert f"{rows['AMPTrainer']['time'][1]:.3f} [" in capsys.readouterr().out
 
