@@ -66,15 +66,28 @@ class ExpectedCalibrationError(_LogitsMetric):
     )
 
     def _compute(self, predictions: Any, references: Any, n_bins: int = 15) -> dict[str, float]:
-        probs = np.exp(_log_softmax(predictions))
-        confidence = probs.max(1)
-        correct = np.argmax(predictions, 1) == np.asarray(references)
-        if np.isnan(confidence).any():
-            return {"ece": float("nan")}
-        # Bin m is ((m-1)/M, m/M].
-        bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
-        gaps = np.bincount(bins, weights=correct - confidence, minlength=n_bins)
-        return {"ece": float(np.abs(gaps).sum() / len(references))}
+        _, confidence, correct = calibration_bins(predictions, references, n_bins)
+        return {"ece": float(np.abs(correct - confidence).sum() / len(references))}
+
+
+def calibration_bins(
+    logits: Any, labels: Any, n_bins: int = 15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per bin ((m−1)/M, m/M] of the confidence: samples, their summed confidence, correct ones.
+
+    Where logits are not finite, the confidences are NaN.
+    """
+    probs = np.exp(_log_softmax(logits))
+    confidence = probs.max(1)
+    correct = np.argmax(logits, 1) == np.asarray(labels)
+    if np.isnan(confidence).any():
+        return np.zeros(n_bins), np.full(n_bins, np.nan), np.zeros(n_bins)
+    bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+    count, summed, right = (
+        np.bincount(bins, weights=weights, minlength=n_bins)
+        for weights in (np.ones(len(bins)), confidence, correct)
+    )
+    return count, summed, right
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -32,8 +32,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.augment import eval_transform
-from amp_hf.flatness import sharpness
+from amp_hf.flatness import LossSurface
 from amp_hf.metrics import compute_metrics
+from amp_hf.pictures import draw_loss_curves, loss_curves, save
 from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
 
 MODEL = "test_resnet"  # timm's smallest ResNet, 0.4 million parameters
@@ -80,7 +81,7 @@ def digits() -> datasets.Dataset:
 
 
 def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: str):
-    """One run: its trainer, and its results on the images it has not seen."""
+    """One run: its trainer, the loss on its training set, results on the images not seen."""
     rows = digits().train_test_split(
         train_size=options.train_samples, stratify_by_column="label", seed=seed
     )
@@ -120,22 +121,22 @@ def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: st
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     results = trainer.evaluate(test_set, metric_key_prefix="test")
-    batch = train_set.__getitems__(list(range(len(train_set))))
-    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-    results["test_sharpness"] = sharpness(model, batch, RADIUS)
-    return trainer, {name: results[f"test_{name}"] for name in COLUMNS}
+    surface = LossSurface.of(trainer, progress=False)
+    results["test_sharpness"] = surface.worst_case_rise(RADIUS, steps=5)
+    return trainer, surface, {name: results[f"test_{name}"] for name in COLUMNS}
 
 
 def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
     os.makedirs(options.output_dir, exist_ok=True)
     variants = {"ERM": replace(amp_config, epsilon=0.0), "AMP": amp_config}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    surfaces: dict[str, LossSurface] = {}
     with tqdm(total=options.seeds * len(variants), unit=" runs", disable=None) as progress:
         for seed in range(options.seeds):
             for name, config in variants.items():
                 progress.set_description(f"{name}, seed {seed}")
                 folder = os.path.join(options.output_dir, name.lower())
-                trainer, metrics = train(options, config, seed, folder)
+                trainer, surfaces[name], metrics = train(options, config, seed, folder)
                 results[name].append(metrics)
                 progress.update()
 
@@ -164,6 +165,9 @@ def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
     print(f"\nSaved {folder} (the last seed's AMP model) and {path}. It loads without amp_hf:")
     print(f"    AutoModelForImageClassification.from_pretrained({folder!r})")
     print(f"Reloaded, it predicts the same: {same}")
+    numbers = loss_curves(surfaces, RADIUS)
+    picture = os.path.join(options.output_dir, "loss_curves.png")
+    print(f"ERM against AMP: {save(draw_loss_curves(numbers), numbers, picture)}")
 
 
 def main() -> None:

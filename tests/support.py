@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
+from amp_hf.flatness import LossSurface
 
 
 @functools.cache
@@ -130,6 +131,44 @@ class Recorder:
         batch = {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
         self.batches.append({key: value.clone() for key, value in batch.items()})
         return batch
+
+
+class Quadratic(nn.Module):
+    """L(θ) = ½ (θ − c)ᵀ H (θ − c) for θ of 2 × 3 numbers, times the mean of `weight`."""
+
+    def __init__(self, hessian, theta, centre):
+        super().__init__()
+        self.register_buffer("hessian", hessian)
+        self.register_buffer("centre", centre)
+        self.theta = nn.Parameter(theta.reshape(2, 3).clone())
+
+    def forward(self, weight):
+        x = self.theta.flatten() - self.centre
+        return {"loss": weight.double().mean() * (x @ self.hessian @ x) / 2}
+
+
+THETA = torch.tensor([3.0, 0.0, 4.0, 1.0, 2.0, 2.0], dtype=torch.float64)  # filters of norm 5 and 3
+
+
+def quadratic(eigenvalues, centre=THETA):
+    """At the bottom of the bowl, unless that is elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator))
+    diagonal = torch.diag(torch.tensor(eigenvalues, dtype=torch.float64))
+    return Quadratic(basis @ diagonal @ basis.T, THETA, centre)
+
+
+def quadratic_surface(*args):
+    batches = [{"weight": torch.tensor([0.5, 1.5, 1.0])}, {"weight": torch.tensor([1.0])}]
+    return LossSurface(quadratic(*args), batches, progress=False)
+
+
+def digit_batches(count, size):
+    samples = digits()[:count]
+    return [
+        {key: torch.stack([s[key] for s in samples[i : i + size]]) for key in samples[0]}
+        for i in range(0, count, size)
+    ]
 
 
 def make(net=MLP, seed=0, dtype=torch.float32):

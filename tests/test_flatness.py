@@ -1,47 +1,291 @@
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import flatness_worker
 import pytest
 import torch
-from support import ConvNet, differing, digits, make, weights
+from support import (
+    THETA,
+    ConvNet,
+    Quadratic,
+    differing,
+    digit_batches,
+    digits,
+    language_model,
+    make,
+    padded,
+    quadratic_surface,
+    rng_states,
+    strokes,
+    trainer_for,
+    weights,
+)
 from torch import nn
+from torch.utils._pytree import tree_flatten_with_path
+from transformers import ViTConfig, ViTForImageClassification
 
-from amp_hf.flatness import sharpness
-
-
-class Quadratic(nn.Module):
-    """L(θ) = ½ Σ hᵢ θᵢ²."""
-
-    def __init__(self, curvature, theta):
-        super().__init__()
-        self.register_buffer("curvature", torch.tensor(curvature, dtype=torch.float64))
-        self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
-
-    def forward(self):
-        return {"loss": (self.curvature * self.theta**2).sum() / 2}
+from amp_hf.flatness import LossSurface, measure
 
 
-def test_sharpness_of_a_bowl_is_the_closed_form():
-    # Along the only direction with curvature: ½h((θ + r)² - θ²).
-    model = Quadratic([4.0, 0.0], [0.5, 3.0])
-    expected = 2.0 * ((0.5 + 0.1) ** 2 - 0.5**2)
-    assert sharpness(model, {}, 0.1) == pytest.approx(expected, abs=1e-12)
+def test_the_worst_case_rise_from_the_bottom_of_a_bowl_is_half_the_top_eigenvalue_times_r_squared():
+    surface = quadratic_surface([5.0, 2.0, 1.0, 0.5, 0.0, 0.0])
+    assert surface.worst_case_rise(0.3, steps=60) == pytest.approx(5 * 0.3**2 / 2, rel=1e-9)
+
+
+def test_the_worst_case_rise_on_a_slope_of_equal_curvature_is_the_closed_form():
+    """Straight up: ½h((‖θ − c‖ + r)² − ‖θ − c‖²)."""
+    surface = quadratic_surface([4.0] * 6, torch.zeros(6).double())
+    distance = THETA.norm().item()
+    rise = 2.0 * ((distance + 0.1) ** 2 - distance**2)
+    assert surface.worst_case_rise(0.1, steps=1) == pytest.approx(rise, rel=1e-12)
 
 
 def test_more_ascents_find_a_point_at_least_as_bad():
-    model = Quadratic([10.0, 1.0], [0.01, 1.0])
-    one, five, many = (sharpness(model, {}, 0.5, inner_steps=n) for n in (1, 5, 50))
-    # The worst of all points of the sphere, by search.
-    angle = torch.linspace(0, 2 * torch.pi, 100_001, dtype=torch.float64)
-    x, y = 0.01 + 0.5 * angle.cos(), 1.0 + 0.5 * angle.sin()
-    worst = ((10 * x**2 + y**2) / 2).max() - (10 * 0.01**2 + 1) / 2
-    assert one < five < many <= worst + 1e-9
-    assert many == pytest.approx(worst.item(), rel=0.01)
+    surface = quadratic_surface([10.0, 1.0, 1.0, 0, 0, 0], torch.zeros(6).double())
+    one, five, many = (surface.worst_case_rise(3.0, steps=n) for n in (1, 5, 100))
+    # The maximum on the sphere: (λI − H)Δ = H(θ − c) with ‖Δ‖ = r, for the λ above all eigenvalues.
+    x, hessian = THETA, surface.model.hessian
+    low, high = 10.0, 1e3
+    for _ in range(200):
+        rate = (low + high) / 2
+        delta = torch.linalg.solve(rate * torch.eye(6).double() - hessian, hessian @ x)
+        low, high = (rate, high) if delta.norm() > 3 else (low, rate)
+    worst = ((x + delta) @ hessian @ (x + delta) - x @ hessian @ x) / 2
+    assert one < five <= many
+    assert many == pytest.approx(worst.item(), rel=1e-9)
 
 
-def test_measuring_leaves_weights_buffers_mode_and_gradients_as_they_were():
+def test_the_worst_case_is_the_loss_at_the_point_that_it_names():
+    surface = quadratic_surface([5.0, 2.0, 1.0, 0.5, 0.0, -1.0], torch.zeros(6).double())
+    rise, delta = surface.worst_case(0.3, steps=4)
+    assert delta[0].norm().item() == pytest.approx(0.3)
+    assert surface.along(delta, [1.0])[0] - surface.loss() == pytest.approx(rise, rel=1e-9)
+
+
+def test_random_directions_are_as_long_as_the_filters():
+    """So in a bowl of curvature h all of them rise by ½h(s‖θ‖)²."""
+    surface = quadratic_surface([2.0] * 6)
+    rise = surface.random_rise(0.1, directions=5)
+    assert rise.values == pytest.approx([0.01 * (25 + 9)] * 5)
+    assert rise.mean == pytest.approx(0.34)
+    assert rise.std == pytest.approx(0, abs=1e-12)
+    first, again = surface.random_direction(), surface.random_direction()
+    assert torch.equal(first[0], again[0])
+    assert first[0].norm(dim=1).tolist() == pytest.approx([5, 3])
+
+
+def test_random_directions_leave_biases_and_norm_layers_alone():
+    model = make(ConvNet)
+    direction = LossSurface(model, digit_batches(4, 4), progress=False).random_direction()
+    moves = [d.ndim for d in direction if d.any()]
+    assert moves == [4, 4, 2]
+    norms = direction[0].flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, model.conv1.weight.detach().flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("lowest", [0.0, -3.0, -7.0])
+def test_the_top_eigenvalue_is_the_largest_also_where_a_negative_one_is_of_larger_magnitude(lowest):
+    surface = quadratic_surface([5.0, 2.0, 1.0, 0.5, 0.0, lowest])
+    found = surface.top_eigenvalue(max_iterations=500, tolerance=1e-6)
+    assert found.converged and found.iterations < 500
+    assert found.value == pytest.approx(5.0, rel=1e-9)
+    assert found.residual < 1e-5
+
+
+def test_a_power_iteration_that_has_not_converged_says_so():
+    surface = quadratic_surface([5.0, 4.99, 4.98, 0.5, 0.0, 0.0])
+    found = surface.top_eigenvalue(max_iterations=3, tolerance=1e-6)
+    assert not found.converged and found.iterations == 3
+    assert found.residual > 1e-5
+
+
+def test_the_trace_is_estimated_with_its_standard_error():
+    surface = quadratic_surface([5.0, 2.0, 1.0, 0.5, 0.0, -1.0])
+    found = surface.trace(probes=2000)
+    assert 0 < found.standard_error < 0.2
+    assert abs(found.mean - 7.5) < 4 * found.standard_error
+    # Of a diagonal matrix, random signs give the trace itself.
+    diagonal = Quadratic(torch.diag(THETA), THETA, THETA)
+    exact = LossSurface(diagonal, [{"weight": torch.ones(1)}], progress=False).trace(probes=2)
+    assert (exact.mean, exact.standard_error) == (pytest.approx(12), pytest.approx(0, abs=1e-12))
+
+
+def test_hessian_products_of_a_network_are_those_of_its_whole_hessian():
+    model = make(functools.partial(nn.Sequential, nn.Linear(64, 3), nn.Tanh(), nn.Linear(3, 10)))
+    model.double()
+    batches = digit_batches(10, 4)
+
+    def loss(model, batch):
+        logits = model(batch["pixels"].double().flatten(1))
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    surface = LossSurface(model, batches, loss, progress=False)
+    whole = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+    names = [name for name, _ in model.named_parameters()]
+
+    def of(vector):
+        parts = vector.split([p.numel() for p in surface.params])
+        theta = {n: x.view_as(p) for n, x, p in zip(names, parts, surface.params)}
+        return loss(functools.partial(torch.func.functional_call, model, theta), whole)
+
+    theta = torch.cat([p.detach().flatten() for p in surface.params])
+    hessian = torch.autograd.functional.hessian(of, theta)
+    vector = surface.random_direction()
+    product = torch.cat([p.flatten() for p in surface.hessian_product(vector)])
+    torch.testing.assert_close(product, hessian @ torch.cat([v.flatten() for v in vector]))
+    top = torch.linalg.eigvalsh(hessian)[-1].item()
+    found = surface.top_eigenvalue(max_iterations=500, tolerance=1e-5)
+    assert found.value == pytest.approx(top, rel=1e-6)
+
+
+def test_a_loss_that_is_linear_has_no_curvature():
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return {"loss": super().forward(x).mean()}
+
+    surface = LossSurface(Linear(4, 1), [{"x": torch.ones(2, 4)}], progress=False)
+    assert surface.top_eigenvalue().value == 0
+    assert surface.top_eigenvalue().converged
+    assert surface.trace().mean == 0
+
+
+def test_measuring_twice_gives_the_same_and_another_seed_something_else():
+    model, batches = make(ConvNet), digit_batches(48, 16)
+    settings = dict(steps=2, directions=2, max_iterations=3, probes=2)
+    first, again, other = (
+        measure(LossSurface(model, batches, seed=seed, progress=False), **settings).to_dict()
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first["trace"] != other["trace"]
+    assert first["random_rise"] != other["random_rise"]
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_measuring_leaves_everything_as_it_was():
     model = make(ConvNet).train()
-    samples = digits()[:64]
-    batch = {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
-    before = weights(model)
-    assert sharpness(model, batch, 0.5) > 0
+    model.norm2.eval()  # some users freeze theirs
+    before, modes = weights(model), [module.training for module in model.modules()]
+    loader = torch.utils.data.DataLoader(digits()[:64], batch_size=16, shuffle=True)
+    states = rng_states()
+    surface = LossSurface(model, loader, progress=False)
+    measure(surface, radius=0.5, steps=2, directions=2, max_iterations=2, probes=2)
+    surface.over(surface.random_direction(), surface.random_direction(), [0.1], [0.2, 0.3])
     assert differing(before, weights(model)) == []
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert all(param.grad is None for param in model.parameters())
+    assert rng_states() == states
+
+
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_an_interrupt_leaves_the_weights_as_they_were(at):
+    model = make(ConvNet)
+    before = weights(model)
+    calls = iter(range(1, 100))
+
+    def loss(model, batch):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return model(**batch)["loss"]
+
+    surface = LossSurface(model, digit_batches(16, 16), loss, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        surface.worst_case_rise(0.5, steps=4)
+        surface.random_rise(0.5, directions=4)
+    assert differing(before, weights(model)) == []
+
+
+def test_how_the_samples_are_batched_makes_no_difference():
+    model = make(ConvNet, dtype=torch.float64)
+
+    def found(size):
+        batches = [b | {"pixels": b["pixels"].double()} for b in digit_batches(50, size)]
+        surface = LossSurface(model, batches, progress=False)
+        settings = dict(steps=3, directions=2, max_iterations=2, probes=2)
+        return measure(surface, **settings)
+
+    whole, parts = found(50), found(16)
+    assert parts.worst_case_rise == pytest.approx(whole.worst_case_rise, rel=1e-9)
+    assert parts.random_rise.values == pytest.approx(whole.random_rise.values, rel=1e-9)
+    assert parts.trace.mean == pytest.approx(whole.trace.mean, rel=1e-9)
+
+
+def test_a_trainer_is_measured_by_its_own_loss_and_collator(tmp_path):
+    trainer = trainer_for(make(ConvNet), tmp_path, data=digits()[:50], label_smoothing_factor=0.3)
+    surface = LossSurface.of(trainer, max_samples=32, progress=False)
+    with torch.no_grad():
+        trainer.model.fc.weight.mul_(100)  # sure of itself, as no smoothed label is
+    assert surface.samples == 32  # of eight a batch
+    batches = digit_batches(32, 8)
+    trainer.model.eval()
+    with torch.no_grad():
+        losses = [trainer.compute_loss(trainer.model, dict(batch)).item() for batch in batches]
+    assert surface.loss() == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert surface.loss() != pytest.approx(LossSurface(trainer.model, batches).loss(), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["language model", "vision transformer"])
+def test_attention_has_a_curvature(kind):
+    if kind == "language model":
+        model, batches = make(language_model), [padded(strokes()[:4])]
+    else:
+        small = dict(image_size=8, patch_size=4, num_channels=1, hidden_size=16)
+        more = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        model = ViTForImageClassification(ViTConfig(**small, **more, num_labels=10))
+        (batch,) = digit_batches(4, 4)
+        batches = [{"pixel_values": batch["pixels"], "labels": batch["labels"]}]
+    surface = LossSurface(model, batches, progress=False)
+    vector = surface.random_direction()
+    product = surface.hessian_product(vector)
+    # Against the difference of two gradients.
+    step = 1e-2
+    theta = [param.detach().clone() for param in surface.params]
+    gradients = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for param, start, move in zip(surface.params, theta, vector):
+                param.copy_(start + sign * step * move)
+        gradients.append(surface.gradient())
+    expected = [(a - b) / (2 * step) for a, b in zip(*gradients)]
+    a, b = (torch.cat([part.flatten() for part in parts]) for parts in (product, expected))
+    assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.distributed
+def test_two_processes_find_what_one_finds(tmp_path):
+    """Each on its share of the batches, the last of which is smaller."""
+    worker = Path(flatness_worker.__file__)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
+    subprocess.run([sys.executable, *command, tmp_path], check=True, capture_output=True)
+    one = flatness_worker.found(tmp_path)
+    two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert one.pop("batches here") == sum(result.pop("batches here") for result in two) == 7
+    assert two[0] == two[1]
+    assert one.pop("kept") and two[0].pop("kept")
+    flat = [dict(tree_flatten_with_path(result)[0]) for result in (one, two[0])]
+    assert flat[0] == pytest.approx(flat[1], rel=1e-9)
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        LossSurface(make(ConvNet).requires_grad_(False), digit_batches(4, 4))
+    with pytest.raises(ValueError, match="no batches"):
+        LossSurface(make(ConvNet), [])
+
+
+def test_the_cost_is_said_before_it_arises(capsys):
+    passes = 0
+
+    def loss(model, batch):
+        nonlocal passes
+        if not passes:
+            assert "Flatness: 16 samples, at most the time of 65 forward" in capsys.readouterr().err
+        passes += 1
+        return model(**batch)["loss"]
+
+    surface = LossSurface(make(ConvNet), digit_batches(16, 16), loss)
+    measure(surface, steps=2, directions=2, max_iterations=3, probes=3)
+    assert passes == 1 + 3 + 3 + 3 + 3  # each measure begins at θ
