@@ -7,6 +7,7 @@ file (the first argument), which later arguments override.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -18,11 +19,18 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import (
+    HfArgumentParser,
+    TimmWrapperForImageClassification,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from .augment import eval_transform, train_transform
+from .card import Evidence
 from .config import AMPConfig
+from .hub import HubError
 from .metrics import compute_metrics
 from .trainer import AMPTrainer
 from .vision import (
@@ -32,6 +40,7 @@ from .vision import (
     as_is,
     build_model,
     load_images,
+    origin,
     preprocessing,
 )
 
@@ -67,6 +76,22 @@ class ImageArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many."})
+    eval_splits: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further splits of the dataset to evaluate the trained model on."},
+    )
+    compare_erm: bool = field(
+        default=False,
+        metadata={"help": "Train the same without perturbation, too, for the model card."},
+    )
+    flatness: bool = field(
+        default=False,
+        metadata={"help": "Measure and draw how flat the minimum is, for the model card."},
+    )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Of the model, as the Hub names it. Default: the pretrained weights'."},
+    )
     budget: float | None = field(
         default=None,
         metadata={
@@ -127,18 +152,21 @@ def main(
     Returns:
         What `all_results.json` holds.
 
-    Exits with one line, and 2 where the arguments or the data are wrong, 1 where a result is NaN.
+    Exits with one line, and 2 where the arguments or the data are wrong, 1 where a result is NaN or
+    the push failed.
     """
     try:
         images, args, amp_config = parse(defaults, from_scratch_defaults, description, argv)
-        trainer, test = build(images, args, amp_config)
+        trainer, tests = build(images, args, amp_config)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         _exit(error)
     try:
-        results = _train_and_evaluate(trainer, test)
+        results = _train_and_evaluate(images, trainer, tests)
     except ImageDecodeError as error:  # from a dataloader's worker, with its traceback inside
         _exit(error)
-    if not all(math.isfinite(value) for value in results.values()):
+    except HubError as error:
+        _exit(error, 1)
+    if not _all_finite(results):
         print("The training diverged: lower --learning_rate or --epsilon.", file=sys.stderr)
         sys.exit(1)
     return results
@@ -195,8 +223,8 @@ def build(
     args: TrainingArguments,
     amp_config: AMPConfig,
     trainer_class: type[AMPTrainer] = AMPTrainer,
-) -> tuple[AMPTrainer, ImageDataset | None]:
-    """The trainer, and the test set that it is evaluated on in the end."""
+) -> tuple[AMPTrainer, dict[str, ImageDataset]]:
+    """The trainer, and by name the sets that it is evaluated on in the end."""
     _check_writable(str(args.output_dir))
     args.resume_from_checkpoint = _find_checkpoint(args)
     with args.main_process_first(desc="loading the dataset"):
@@ -206,8 +234,11 @@ def build(
     # With their numbers, which messages about single images give.
     splits = splits.select_columns([image_column, label_column])
     splits = {name: rows.add_column(_NUMBER, np.arange(len(rows))) for name, rows in splits.items()}
-    if "train" not in splits:
-        raise ValueError(f"Dataset {images.dataset!r} has no split 'train', only {list(splits)}.")
+    for argument, names in (("--dataset", ["train"]), ("--eval_splits", images.eval_splits)):
+        if missing := [name for name in names if name not in splits]:
+            raise ValueError(
+                f"{argument}: {images.dataset!r} has no split {missing[0]!r}, only {list(splits)}."
+            )
     train = splits["train"]
     validation, test = splits.get("validation"), splits.get("test")
     if test is not None and set(test[label_column]) <= {-1, None}:
@@ -219,9 +250,7 @@ def build(
         )
         train, validation = parts["train"], parts["test"]
 
-    set_seed(args.seed)
-    names = train.features[label_column].names
-    model = build_model(images.model, names, images.image_size, images.from_scratch)
+    model = _model(images, args, train.features[label_column].names)
     geometry, mean, std = preprocessing(model)
 
     def dataset(rows: Any, limit: int | None, transform: Any, name: str) -> ImageDataset:
@@ -243,22 +272,57 @@ def build(
     kept = min(len(train), images.max_train_samples or len(train))
     if kept % args.train_batch_size == 1 < kept:
         kept -= 1  # BatchNorm cannot do with a last batch of one
-    train_dataset = dataset(train, kept, augment, "train")
+    trainer = _trainer(
+        trainer_class,
+        model,
+        args,
+        amp_config,
+        train_dataset=dataset(train, kept, augment, "train"),
+        eval_dataset=validation
+        and dataset(validation, images.max_eval_samples, plain, "validation"),
+    )
+    base_model, license = origin(images.model, images.from_scratch)
+    trainer.evidence = Evidence(
+        dataset=os.path.basename(os.path.abspath(images.dataset))
+        if os.path.isdir(images.dataset)
+        else images.dataset,
+        base_model=base_model,
+        license=images.license or license,
+    )
+    tests = {} if test is None else {"test": test}
+    tests |= {name: splits[name] for name in images.eval_splits}
+    return trainer, {
+        name: dataset(rows, images.max_eval_samples, plain, name) for name, rows in tests.items()
+    }
+
+
+def _model(
+    images: ImageArguments, args: TrainingArguments, names: list[str]
+) -> TimmWrapperForImageClassification:
+    set_seed(args.seed)
+    return build_model(images.model, names, images.image_size, images.from_scratch)
+
+
+def _trainer(
+    trainer_class: type[AMPTrainer],
+    model: TimmWrapperForImageClassification,
+    args: TrainingArguments,
+    amp_config: AMPConfig,
+    **datasets: Any,
+) -> AMPTrainer:
     trainer = trainer_class(
         model=model,
         args=args,
         amp_config=amp_config,
         data_collator=as_is,
-        train_dataset=train_dataset,
-        eval_dataset=validation
-        and dataset(validation, images.max_eval_samples, plain, "validation"),
         compute_metrics=compute_metrics,
         callbacks=[EpochCallback()],
+        **datasets,
     )
     # FSDP and DeepSpeed shard contiguous parameters only.
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.model.to(memory_format=torch.channels_last)
-    return trainer, test and dataset(test, images.max_eval_samples, plain, "test")
+    return trainer
 
 
 def _check_writable(folder: str) -> None:
@@ -286,7 +350,9 @@ def _find_checkpoint(args: TrainingArguments) -> str | None:
     return found
 
 
-def _train_and_evaluate(trainer: AMPTrainer, test: ImageDataset | None) -> dict[str, float]:
+def _train_and_evaluate(
+    images: ImageArguments, trainer: AMPTrainer, tests: dict[str, ImageDataset]
+) -> dict[str, float]:
     args = trainer.args
     result = trainer.train(args.resume_from_checkpoint)
     trainer.save_model()
@@ -294,21 +360,63 @@ def _train_and_evaluate(trainer: AMPTrainer, test: ImageDataset | None) -> dict[
     results = dict(result.metrics)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    for name, dataset in (("eval", trainer.eval_dataset), ("test", test)):
-        if dataset is not None:
-            metrics = trainer.evaluate(dataset, metric_key_prefix=name)
-            trainer.log_metrics(name, metrics)
-            trainer.save_metrics(name, metrics)
-            results |= metrics
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    sets: dict[str, Any] = (
+        {"eval": trainer.eval_dataset} if trainer.eval_dataset is not None else {}
+    )
+    sets |= tests
+    for name, dataset in sets.items():
+        metrics = trainer.evaluate(dataset, metric_key_prefix=name)
+        trainer.log_metrics(name, metrics)
+        trainer.save_metrics(name, metrics)
+        results |= metrics
+    trainer.create_model_card()
+    if (images.compare_erm or images.flatness) and _all_finite(results):
+        _gather_evidence(images, trainer, sets)
+        trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(_SUMMARY.format(folder=args.output_dir))
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return results
 
 
+def _all_finite(results: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in results.values())
+
+
+def _gather_evidence(
+    images: ImageArguments, trainer: AMPTrainer, sets: dict[str, ImageDataset]
+) -> None:
+    from . import evidence  # and so matplotlib
+
+    regularized = trainer.amp_config.epsilon > 0
+    trainers = {}
+    if images.compare_erm and regularized:
+        args = copy.copy(trainer.args)
+        args.output_dir = os.path.join(str(args.output_dir), "_erm")  # what has a _ is not pushed
+        args.push_to_hub = False
+        model = _model(images, args, list(trainer.model.config.id2label.values()))
+        twin = _trainer(
+            AMPTrainer,
+            model,
+            args,
+            AMPConfig(epsilon=0.0),
+            train_dataset=trainer.train_dataset,
+            eval_dataset=trainer.eval_dataset,
+        )
+        resumes = bool(args.resume_from_checkpoint)
+        evidence.train_twin(twin, sets, trainer.evidence, resumes)
+        trainers["ERM"] = twin
+    trainers["AMP" if regularized else "ERM"] = trainer
+    if "test" in sets:
+        evidence.draw_calibration(trainer, trainers, "test", sets["test"])
+    if images.flatness:
+        folders = {name: str(each.args.output_dir) for name, each in trainers.items()}
+        evidence.measure_flatness(trainer, folders)
+
+
 _SUMMARY = """
-Saved in {folder}: the model, amp_config.json, all_results.json.
+Saved in {folder}: the model, README.md (its card), amp_config.json, all_results.json.
 It loads without amp_hf:
 
     from transformers import pipeline
@@ -316,10 +424,10 @@ It loads without amp_hf:
 """
 
 
-def _exit(error: Exception) -> NoReturn:
+def _exit(error: Exception, status: int = 2) -> NoReturn:
     # An error from a dataloader's worker ends with its own message, behind the worker's traceback.
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = lines[-1 if isinstance(error, ImageDecodeError) else 0]
     message = message.rpartition("ImageDecodeError: ")[2]
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

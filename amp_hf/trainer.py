@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import find_batch_size, recursively_apply
@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
 from .engine import Engine, engine_for, temporarily
+from .hub import HubMixin
 from .parameters import ModelTensors, perturbed_parameters
 from .perturbation import Perturbation
 from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
@@ -32,13 +33,8 @@ logger = logging.getLogger(__name__)
 
 AMP_CONFIG_NAME = "amp_config.json"
 
-if TYPE_CHECKING:
-    _Parent = Trainer
-else:
-    _Parent = object
 
-
-class AMPTrainerMixin(_Parent):
+class AMPTrainerMixin(HubMixin):
     """Trains with Adversarial Model Perturbation. Mix it into any subclass of `Trainer`, in front:
 
         class AMPSFTTrainer(AMPTrainerMixin, SFTTrainer): ...

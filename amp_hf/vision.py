@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import timm
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from timm.data.transforms import MaybeToTensor
 from torch import Tensor, nn
@@ -233,6 +234,21 @@ def build_model(
         model = _timm_model(name, label_names, image_size, from_scratch)
     _try_forward(model, name, image_size)
     return model
+
+
+def origin(name: str, from_scratch: bool) -> tuple[str | None, str | None]:
+    """Where the weights of `build_model(name, …, from_scratch)` are from: Hub id and license.
+
+    Those of a saved model are the ones on its card, if it has one.
+    """
+    if os.path.isdir(name):
+        path = os.path.join(name, "README.md")
+        data: Any = ModelCard.load(path).data if os.path.isfile(path) else ModelCardData()
+        return data.base_model, data.license
+    if from_scratch:
+        return None, None
+    cfg: Any = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+    return cfg.hf_hub_id, cfg.license and cfg.license.lower()
 
 
 def preprocessing(

@@ -156,9 +156,9 @@ def arguments(options: FrontierArguments, key: str, row: Row, seed: int) -> list
 def trainer_of(argv: list[str], row: Row, *more: str):
     quiet = ["--logging_strategy", "no", "--disable_tqdm", "true", "--output_dir", UNUSED]
     parsed = parse({}, {}, None, [*argv, *quiet, *more])
-    trainer, test = build(*parsed, row.trainer)
+    trainer, tests = build(*parsed, row.trainer)
     trainer.remove_callback(PrinterCallback)
-    return trainer, test
+    return trainer, tests["test"]
 
 
 def result_of(options: FrontierArguments, key: str, name: str, seed: int) -> dict:

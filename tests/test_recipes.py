@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import datasets
 import pytest
 import sharded_recipe
 import torch
+from huggingface_hub import ModelCard
 from images import parquet_folder, rows
+from PIL import Image
+from support import differing
 from transformers import AutoModelForImageClassification, Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, vision
@@ -55,6 +59,9 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_p
         mean = sum(run["accuracy"] for run in saved[name]) / 2
         assert f" {mean:.4f} ± " in table[name]
     assert saved["ERM"] != saved["AMP"]
+    assert f"ERM against AMP: {tmp_path / 'loss_curves.png'}" in out
+    assert Image.open(tmp_path / "loss_curves.png").width > 1000
+    assert list(json.loads((tmp_path / "loss_curves.json").read_text())["models"]) == ["ERM", "AMP"]
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "amp").config.num_labels == 10
 
 
@@ -68,6 +75,47 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
     assert found["epoch"] == 2.0
     assert AMPConfig.from_json_file(tmp_path / "amp_config.json").epsilon == 0.2
     assert f'pipeline("image-classification", model="{tmp_path}")' in out
+
+
+def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data):
+    """The twin, the flatness, further splits and pictures, each of a real run."""
+    folder = tmp_path / "data"
+    parquet_folder(folder, train=96, test=40)
+    rows(200, 240).to_parquet(folder / "data" / "contrast-00000-of-00001.parquet")
+    command = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--dataset", folder]
+    command += ["--output_dir", tmp_path / "out", "--ascent_start=0", "--compare_erm", "--flatness"]
+    out = run(*command, "--eval_splits", "contrast", "--license=mit")
+    folder = tmp_path / "out"
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    assert "More information needed" not in card.text
+    for row in ("test: accuracy", "test: negative log-likelihood", "contrast: accuracy"):
+        (line,) = [line for line in card.text.splitlines() if line.startswith(f"| {row}")]
+        assert re.fullmatch(r"\| [^|]+ \| [\d.%]+ \| [\d.%]+ \|", line)
+    assert "trace of the Hessian" in card.text
+    assert "2 of 2 steps had an ascent" in card.text
+    for name in re.findall(r"\]\((\w+\.png)\)", card.text):
+        assert Image.open(folder / name).width > 500
+        assert json.loads((folder / name).with_suffix(".json").read_text())["models"].keys() == {
+            "ERM",
+            "AMP",
+        }
+    assert card.text.count(".png)") == 3
+    assert card.data.pipeline_tag == "image-classification"
+    assert (card.data.license, card.data.datasets) == ("mit", ["data"])
+    assert str(tmp_path) not in str(card.data.to_dict())
+    by_split = {result.dataset_split for result in card.data.eval_results}
+    assert by_split == {"test", "contrast"}
+    flatness = json.loads((folder / "flatness.json").read_text())
+    assert flatness["AMP"]["samples"] == 96
+    # The twin is what the stock Trainer trains from the same seed, and stays off the Hub.
+    stock = [*SMALL.split(), "--dataset", str(tmp_path / "data"), "--epsilon=0"]
+    main(dict(augment="signs"), {}, None, [*stock, "--output_dir", str(tmp_path / "stock")])
+    twin, expected = (
+        AutoModelForImageClassification.from_pretrained(path).state_dict()
+        for path in (folder / "_erm", tmp_path / "stock")
+    )
+    assert differing(twin, expected) == []
+    assert "README.md (its card)" in out
 
 
 @pytest.mark.distributed
@@ -147,6 +195,7 @@ def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path
 
 
 BAD = {
+    "--eval_splits=fog": "--eval_splits: ",
     "--budget=1": "AMPConfig.for_budget takes a finite number > 1",
     "--epsilon=-1": "AMPConfig.epsilon must be a finite number >= 0, got -1.0.",
     "--epsilon=nan": "AMPConfig.epsilon must be a finite number >= 0, got nan.",

@@ -1,0 +1,98 @@
+"""What a recipe measures for the model card once its model is trained and saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TimmWrapperForImageClassification
+from transformers.trainer_utils import get_last_checkpoint
+
+from .augment import eval_transform
+from .card import Evidence
+from .flatness import LossSurface, measure
+from .hub import results_of
+from .pictures import (
+    draw_loss_contours,
+    draw_loss_curves,
+    draw_reliability,
+    loss_contours,
+    loss_curves,
+    reliability,
+    save,
+)
+from .trainer import AMPTrainer
+from .vision import ImageDataset, as_is, preprocessing
+
+Sets = dict[str, ImageDataset]
+
+
+def train_twin(twin: AMPTrainer, sets: Sets, evidence: Evidence, resumes: bool) -> None:
+    """Trains, saves and evaluates ERM's model; its results go into `evidence`."""
+    folder = str(twin.args.output_dir)
+    checkpoint = get_last_checkpoint(folder) if resumes and os.path.isdir(folder) else None
+    result = twin.train(checkpoint)
+    twin.save_model()
+    twin.save_state()
+    for name, dataset in sets.items():
+        twin.evaluate(dataset, metric_key_prefix=name)
+    evidence.twin = results_of(twin.state.log_history)
+    evidence.twin_seconds = result.metrics["train_runtime"]
+
+
+def draw_calibration(
+    trainer: AMPTrainer, trainers: dict[str, AMPTrainer], name: str, test: ImageDataset
+) -> None:
+    """A reliability diagram of `trainers` on the split `name`, for the card of `trainer`."""
+    predictions = {}
+    for model, each in trainers.items():
+        prediction = each.predict(test)
+        predictions[model] = prediction.predictions, prediction.label_ids
+    if trainer.is_world_process_zero():
+        numbers = reliability(predictions)
+        path = os.path.join(str(trainer.args.output_dir), "reliability.png")
+        caption = f"Reliability on the {name} split: how often it is right, by how sure it is"
+        trainer.evidence.pictures[caption] = save(draw_reliability(numbers), numbers, path).name
+
+
+def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
+    """Measures and draws the loss around the models saved in `folders`, for the card of `trainer`.
+
+    On the training images as they are, without augmentation. The models are loaded whole, by every
+    process, whatever the engine shards.
+    """
+    train_dataset = trainer.train_dataset
+    assert isinstance(train_dataset, ImageDataset)
+    surfaces = {}
+    for name, folder in folders.items():
+        model = TimmWrapperForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        plain = copy.copy(train_dataset)
+        plain.transform = eval_transform(*preprocessing(model)[1:])
+        order = torch.Generator().manual_seed(trainer.args.seed)
+        batch_size = trainer.args.eval_batch_size
+        collate: Any = as_is
+        batches = DataLoader(plain, batch_size, shuffle=True, generator=order, collate_fn=collate)
+        nn.Module.to(model, trainer.args.device)
+        surfaces[name] = LossSurface(model, batches, seed=trainer.args.seed)
+        trainer.evidence.flatness[name] = measure(surfaces[name])
+    curves, contours = loss_curves(surfaces), loss_contours(surfaces)
+    if trainer.is_world_process_zero():
+        output = Path(str(trainer.args.output_dir))
+        found = {name: flatness.to_dict() for name, flatness in trainer.evidence.flatness.items()}
+        (output / "flatness.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        pictures = {
+            "Training loss around the weights": ("loss_curves", draw_loss_curves(curves), curves),
+            "Training loss over the plane of two random directions": (
+                "loss_contours",
+                draw_loss_contours(contours),
+                contours,
+            ),
+        }
+        for caption, (name, figure, numbers) in pictures.items():
+            trainer.evidence.pictures[caption] = save(figure, numbers, output / name).name

@@ -1,0 +1,216 @@
+"""What goes to the Hub: the model card, the push, and what must not get lost or out on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import http
+import logging
+import shlex
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import Trainer
+from transformers.modelcard import (
+    TrainingSummary,
+    extract_hyperparameters_from_trainer,
+    parse_log_history,
+)
+from transformers.training_args import OptimizerNames
+from transformers.utils.hub import hf_api
+
+from .card import Evidence, Results, Training, write
+from .config import AMPConfig
+from .engine import temporarily
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Parent = Trainer
+else:
+    _Parent = object
+
+
+class HubError(RuntimeError):
+    """A push that failed, or could not begin. The message says why and what to do."""
+
+
+class HubMixin(_Parent):
+    """The part of `AMPTrainerMixin` that writes the model card and pushes it."""
+
+    amp_config: AMPConfig
+    evidence: Evidence  # for the card
+    _pushes: list[Future]  # that were not found to be done
+
+    # The Trainer's own.
+    hub_model_id: Any
+    push_in_progress: Any  # None, or something that has `jobs`
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.evidence = Evidence()
+        self._pushes = []
+        super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = _Token(self.args.hub_token)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, which also makes the branch `hub_revision`. Raises `HubError`."""
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        with _failing(
+            f"Repository {name} cannot be pushed to",
+            "Mend that, or leave push_to_hub out and push the trained model later.",
+        ):
+            super().init_hf_repo(*args, **kwargs)
+            self._ensure_branch(self.args.hub_revision, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> CommitInfo:
+        """The parent's. Raises `HubError` where it fails, after the model has been saved."""
+        self.save_model(_internal_call=True)
+        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name
+        with (
+            _failing(f"The push to {name} failed", self._how_to_push(name)),
+            temporarily(self, "save_model", lambda *args, **kwargs: None),  # it is saved
+        ):
+            commit = super().push_to_hub(*args, **kwargs)
+        return commit
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md into the output folder: the parent's card, completed by `card.write`.
+
+        Results are those that `evaluate` logged last for each prefix, for example `test` after
+        `trainer.evaluate(dataset, metric_key_prefix="test")`; the rest is in `evidence`.
+        """
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir), "README.md")
+            known = {name: kwargs.get(name) for name in ("model_name", "tasks")}
+            write(path, self._training(**known), self.evidence)
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._push_from_checkpoint(*args, **kwargs)
+        current = self.push_in_progress
+        self._pushes += [job for job in current.jobs if job not in self._pushes] if current else []
+        self._report_failed_pushes()
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._report_failed_pushes()
+
+    def _report_failed_pushes(self) -> None:
+        """Of those that run beside the training, which goes on; the Trainer says nothing."""
+        done = [job for job in self._pushes if job.done()]
+        for error in filter(None, (job.exception() for job in done)):
+            how = self._how_to_push(self.hub_model_id)
+            logger.warning(f"A push to {self.hub_model_id} failed: {_reason(error)}. {how}")
+        self._pushes = [job for job in self._pushes if job not in done]
+
+    def _how_to_push(self, name: str) -> str:
+        folder = str(self.args.output_dir)
+        words = ["hf", "upload", name, folder, ".", "--exclude", "checkpoint-*", "--exclude", "_*"]
+        if self.args.hub_revision:
+            words += ["--revision", self.args.hub_revision]
+        if self.args.hub_private_repo:
+            words += ["--private"]
+        return f"The model is safe in {folder}; this pushes it again: {shlex.join(words)}"
+
+    def _ensure_branch(
+        self, name: str | None, token: str | None = None, private: Any = None
+    ) -> None:
+        if name and self.is_world_process_zero():
+            token = token or self.args.hub_token
+            hf_api().create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
+
+    def _training(self, **known: Any) -> Training:
+        state, config = self.state, self.amp_config
+        steps = range(state.global_step)
+        # With a base model, it would ask the Hub for its license, which the parent's card has.
+        summary = TrainingSummary.from_trainer(self, finetuned_from="", **known)
+        task = summary.tasks[0] if isinstance(summary.tasks, list) else summary.tasks
+        arguments = extract_hyperparameters_from_trainer(self)
+        arguments.pop("mixed_precision_training", None)  # "Native AMP", of all names
+        optimizer = OptimizerNames(self.args.optim).value
+        arguments["optimizer"] = f"{optimizer} {self.args.optim_args or ''}".strip()
+        arguments |= {name: True for name in ("bf16", "fp16") if getattr(self.args, name)}
+        seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
+        return Training(
+            source=self.hub_model_id or str(self.args.output_dir),
+            name=summary.model_name,
+            task=task,
+            amp_config=config,
+            arguments=arguments,
+            steps=len(steps),
+            ascending=sum(config.ascends_at(step, state.max_steps) for step in steps),
+            perturbed=sum(config.perturbs_at(step, state.max_steps) for step in steps),
+            seconds=seconds[-1] if seconds else None,
+            results=results_of(state.log_history),
+            history=parse_log_history(state.log_history)[1] or [],
+        )
+
+
+class _Token(str):
+    """Is in no pickle: the Trainer saves its arguments with every model, and pushes them."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> _Token:
+        return self
+
+    def __repr__(self) -> str:
+        return "'<HUB_TOKEN>'"
+
+
+@contextlib.contextmanager
+def _failing(what: str, remedy: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a `HubError`: the clients' errors have no common class."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        raise HubError(f"{what}: {_reason(error)}. {remedy}") from error
+
+
+_STATUS = {
+    401: "the token is missing or not valid: run `hf auth login` or set HF_TOKEN",
+    403: "the token may not write there",
+    404: "there is no such repository or branch, or the token may not see it",
+    409: "somebody else changed the repository at the same time",
+    429: "the Hub got too many requests: wait some minutes",
+}
+
+
+def _reason(error: BaseException | None) -> str:
+    """One line, of the Hub's answer if there is one in the chain of causes."""
+    first = error
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        line = next(iter(str(first).strip().splitlines()), "")
+        return f"{type(first).__name__}: {line}".removesuffix(": ").rstrip(".")
+    status = error.response.status_code
+    meaning = _STATUS.get(status) or (error.server_message or "").strip().rstrip(".")
+    return f"{status} {http.HTTPStatus(status).phrase}" + (f" ({meaning})" if meaning else "")
+
+
+def results_of(log_history: list[dict[str, float]]) -> Results:
+    """What `evaluate` logged last, by the prefix of its metrics."""
+    results: Results = {}
+    for entry in log_history:
+        for split in (key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")):
+            if split != "train":
+                speed = {f"{split}_{name}" for name in _SPEED}
+                results[split] = {
+                    key.removeprefix(f"{split}_"): value
+                    for key, value in entry.items()
+                    if key.startswith(f"{split}_") and key not in speed
+                }
+    return results
+
+
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")

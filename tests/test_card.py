@@ -1,0 +1,161 @@
+"""The model card, as the Trainer writes it: valid metadata, and text that says what was done."""
+
+import re
+
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from support import MLP, digits, make, padded, strokes, trainer_for
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+
+from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
+from amp_hf.flatness import Eigenvalue, Flatness, Rise, Trace
+
+FLATNESS = Flatness(
+    samples=200,
+    seed=0,
+    loss=0.01,
+    radius=0.1,
+    worst_case_rise=0.1794,
+    scale=0.2,
+    random_rise=Rise(0.05, 0.02, [0.03, 0.07]),
+    top_eigenvalue=Eigenvalue(12.5, 0.1, 9, True),
+    trace=Trace(80.0, 3.0),
+)
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
+
+
+def trained(folder, config=None, cls=AMPTrainer, **kwargs):
+    trainer = trainer_for(
+        make(MLP), folder, config, cls=cls, trainer={"compute_metrics": accuracy}, **kwargs
+    )
+    trainer.train()
+    for split in ("eval", "test"):
+        trainer.evaluate(digits()[:50], metric_key_prefix=split)
+    return trainer
+
+
+def card_of(trainer, **kwargs):
+    trainer.create_model_card(**kwargs)
+    # Raises where the metadata are not what the Hub takes.
+    return ModelCard.load(f"{trainer.args.output_dir}/README.md", ignore_metadata_errors=False)
+
+
+def test_the_card_says_how_the_model_was_trained_and_what_came_of_it(tmp_path):
+    config = AMPConfig(0.25, ascent_start=0.5, ascent_every=2)
+    trainer = trained(tmp_path / "flat-digits", config, max_steps=8)
+    text = card_of(trainer).text
+    assert "More information needed" not in text
+    assert text.strip().startswith("# flat-digits\n")
+    assert "Adversarial Model Perturbation (AMP; nothing to do with mixed precision)" in text
+    assert "| `epsilon` | `0.25` |" in text and "| `learning_rate` | `0.1` |" in text
+    assert "| `optimizer` | `sgd` |" in text
+    assert "2 of 8 steps had an ascent, each with" in text
+    accuracy = trainer.state.log_history[-1]["test_accuracy"]
+    assert f"| test: accuracy | {accuracy:.2%} |" in text
+    assert "booktitle = {Proceedings of the IEEE/CVF" in text
+    assert f"torch {torch.__version__.split('+')[0]}" in text
+
+
+def test_the_results_are_in_the_metadata(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.evidence.dataset = "mnist/digits"
+    trainer.evidence.base_model = "someone/base"
+    trainer.evidence.license = "apache-2.0"
+    data = card_of(trainer, tasks="image-classification", tags=["mine"]).data
+    assert data.license == "apache-2.0"
+    assert data.library_name == "transformers"
+    assert data.datasets == ["mnist/digits"]
+    assert data.base_model == "someone/base"
+    assert {"mine", "amp_hf", "adversarial-model-perturbation"} <= set(data.tags)
+    found = {(r.dataset_split, r.metric_type): r.metric_value for r in data.eval_results}
+    log = trainer.state.log_history[-1]
+    assert found["test", "accuracy"] == log["test_accuracy"]
+    assert found["eval", "loss"] == trainer.state.log_history[-2]["eval_loss"]
+
+
+def test_the_twin_and_the_flatness_stand_beside_the_model(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.evidence.twin = {"test": {"accuracy": 0.5, "loss": 2.0}}
+    trainer.evidence.twin_seconds = 1e-6
+    trainer.evidence.flatness = {"AMP": FLATNESS, "ERM": FLATNESS}
+    trainer.evidence.pictures = {"A picture": "loss_curves.png"}
+    text = card_of(trainer).text
+    assert "|  | AMP | ERM |" in text
+    assert re.search(r"\| test: accuracy \| \d+\.\d\d% \| 50\.00% \|", text)
+    assert re.search(r"\| eval: accuracy \| \d+\.\d\d% \|  \|", text)
+    assert "| rise of the loss, worst found within 0.1 of the weights | 0.1794 | 0.1794 |" in text
+    assert "| trace of the Hessian | 80 ± 3 | 80 ± 3 |" in text
+    assert "times what ERM took on the same machine" in text
+    assert "![A picture](loss_curves.png)" in text
+
+
+def test_without_perturbation_the_card_claims_none(tmp_path):
+    card = card_of(trained(tmp_path, AMPConfig(epsilon=0)))
+    assert "without any perturbation" in card.text
+    assert "0 of 8 steps had an ascent" in card.text
+    assert "adversarial-model-perturbation" not in card.data.tags
+
+
+def test_a_diverged_model_has_a_valid_card_too(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.state.log_history[-1]["test_loss"] = float("nan")
+    card = card_of(trainer)
+    assert "| test: loss | nan |" in card.text
+    assert {r.metric_type for r in card.data.eval_results if r.dataset_split == "test"} == {
+        "accuracy"
+    }
+
+
+def test_a_subclass_that_writes_a_card_of_its_own_keeps_its_text(tmp_path):
+    class OwnCard(Trainer):
+        def create_model_card(self, model_name=None):
+            text = "---\ntags: [own]\n---\n# Mine\n\nTrained by a method of my own.\n"
+            (tmp_path / "README.md").write_text(text)
+
+    class Mixed(AMPTrainerMixin, OwnCard):
+        pass
+
+    card = card_of(trained(tmp_path, cls=Mixed), model_name="x")
+    assert "Trained by a method of my own." in card.text
+    assert "## Cost" in card.text
+    assert "amp_hf" in card.data.tags and "own" in card.data.tags
+    assert card.text.count("\n# ") == 1
+
+
+def test_a_card_can_be_written_before_the_training_and_after_it_again(tmp_path):
+    trainer = trainer_for(make(MLP), tmp_path)
+    assert "0 of 0 steps" in card_of(trainer).text
+    trainer.train()
+    assert card_of(trainer).text.count("## Cost") == 1
+    assert "2 of 8 steps" in card_of(trainer).text
+
+
+def test_a_language_models_card_has_snippets_that_run(tmp_path):
+    small = dict(vocab_size=17, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**small, bos_token_id=0, eos_token_id=0))
+    trainer = trainer_for(model, tmp_path, data=strokes(), trainer={"data_collator": padded})
+    card = card_of(trainer)
+    assert card.data.pipeline_tag == "text-generation"
+    snippets = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(snippets) == 2
+    assert "AutoModelForCausalLM" in snippets[1] and "AutoTokenizer" in snippets[1]
+    for snippet in snippets:
+        compile(snippet, "card", "exec")
+
+
+def test_an_adapters_card_stays_one_of_peft_and_names_its_base(tmp_path):
+    small = dict(vocab_size=17, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**small, bos_token_id=0, eos_token_id=0))
+    model.config._name_or_path = "openai-community/gpt2"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"]))
+    trainer = trainer_for(adapted, tmp_path, data=strokes(), trainer={"data_collator": padded})
+    trainer.save_model()
+    card = card_of(trainer)
+    assert card.data.library_name == "peft"
+    assert "## Cost" in card.text
+    assert card.data.base_model == "openai-community/gpt2"
+    assert "[openai-community/gpt2](https://huggingface.co/openai-community/gpt2)" in card.text

@@ -1,0 +1,261 @@
+"""Pushes over real HTTP: the real client, against a server that speaks the Hub's protocol."""
+
+import logging
+import re
+import shlex
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import safetensors.torch
+import torch
+import transformers.utils.hub
+from hub_server import Hub
+from huggingface_hub import ModelCard
+from images import parquet_folder, rows
+from support import MLP, differing, make, on, trainer_for, weights
+
+from amp_hf.hub import HubError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
+REPO = "someone/digits"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """One that this process's client knows, too."""
+    with Hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # knows the other one
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
+
+
+def pushing(folder, hub, **kwargs):
+    own = dict(push_to_hub=True, hub_model_id=REPO, hub_token=hub.token, max_steps=4)
+    trainer = trainer_for(make(MLP), folder, **own | kwargs)
+
+    def wait(event, state, control):
+        """Steps here are shorter than a push, which must not see the next one's files."""
+        if trainer.push_in_progress is not None:
+            trainer.push_in_progress.wait_until_done()
+
+    trainer.add_callback(on(["on_save"], wait))
+    return trainer
+
+
+def recipe(hub, folder, data, *words, token=True):
+    command = [sys.executable, RECIPES / "train_cifar10.py", *SMALL.split(), "--dataset", data]
+    command += ["--output_dir", folder / "out", "--push_to_hub", "--hub_model_id", REPO, *words]
+    env = hub.environment(folder / "home", **({} if token else {"token": None}))
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+
+
+LOAD = """
+import sys
+sys.modules["amp_hf"] = None  # as if it were not installed
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+repo, revision, picture = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(repo, revision=revision)
+processor = AutoImageProcessor.from_pretrained(repo, revision=revision)
+inputs = processor(Image.open(picture).convert("RGB"))
+torch.save(model(**inputs).logits.detach(), picture + ".pt")
+predict = pipeline("image-classification", model=repo, revision=revision)
+print(predict(picture, top_k=1)[0]["label"])
+"""
+
+
+def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path):
+    data = parquet_folder(tmp_path / "data", train=64, test=32)
+    picture = tmp_path / "one.png"
+    rows(300, 301)[0]["img"].save(picture)
+    with Hub() as hub:
+        done = recipe(hub, tmp_path, data, "--hub_private_repo", "true", "--hub_revision", "flat")
+        assert done.returncode == 0, done.stderr
+        assert hub.private(REPO)
+        assert hub.commits(REPO, "flat")[-1] == "End of training"
+        assert hub.commits(REPO) == ["initial commit"]
+        files = hub.files(REPO, "flat")
+        assert {"model.safetensors", "config.json", "README.md", "amp_config.json"} <= files.keys()
+        card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
+        assert f'pipeline("image-classification", model="{REPO}")' in card.text
+        assert card.data.eval_results and str(tmp_path) not in card.content
+        assert hub.cards[-1] == card.content  # what the Hub was asked to validate
+
+        command = [sys.executable, "-c", LOAD, REPO, "flat", str(picture)]
+        env = hub.environment(tmp_path / "another home")
+        loaded = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert loaded.returncode == 0, loaded.stderr
+        stranger = hub.environment(tmp_path / "third home", token=None)
+        refused = subprocess.run(command, env=stranger, capture_output=True, text=True)
+        assert refused.returncode != 0 and "not a valid model identifier" in refused.stderr
+
+    local = [sys.executable, "-c", LOAD, str(tmp_path / "out"), "main", str(picture)]
+    pushed = torch.load(f"{picture}.pt")
+    again = subprocess.run(local, capture_output=True, text=True, check=True)
+    assert torch.equal(pushed, torch.load(f"{picture}.pt"))
+    assert loaded.stdout == again.stdout
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_every_hub_strategy_pushes_what_it_says(tmp_path, hub, strategy):
+    trainer = pushing(
+        tmp_path, hub, hub_strategy=strategy, hub_always_push=True, save_strategy="steps",
+        save_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub()
+    files, titles = hub.files(REPO), hub.commits(REPO)
+    assert titles[-1] == "End of training"
+    assert ("Training in progress, step 2" in titles) == (strategy != "end")
+    checkpoints = {path.partition("/")[0] for path in files if path.endswith("optimizer.pt")}
+    assert (
+        checkpoints
+        == {
+            "end": set(),
+            "every_save": set(),
+            "checkpoint": {"last-checkpoint"},
+            "all_checkpoints": {"checkpoint-2", "checkpoint-4"},
+        }[strategy]
+    )
+    assert files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+    assert "adversarial-model-perturbation" in ModelCard(files["README.md"].decode()).data.tags
+
+
+FAILURES = {
+    "401": ("POST /api/models/.*/commit/", 401, "401 Unauthorized (the token is missing"),
+    "403": ("POST /api/models/.*/commit/", 403, "403 Forbidden (the token may not write there)"),
+    "404": ("POST /api/models/.*/preupload/", 404, "404 Not Found (there is no such repository"),
+    "409": ("POST /api/models/.*/commit/", 409, "409 Conflict (somebody else changed"),
+    "429": ("POST /api/models/.*/commit/", 429, "429 Too Many Requests (the Hub got too many"),
+    "500": ("POST /api/models/.*/commit/", 500, "500 Internal Server Error (Internal Error - We'"),
+    "upload refused": ("PUT /lfs/", 403, "403 Forbidden"),
+    "dropped": ("POST /api/models/.*/commit/", None, "RemoteProtocolError: Server disconnected"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_when_a_push_fails_the_model_is_safe_and_one_command_pushes_it(tmp_path, hub, failure):
+    match, status, said = FAILURES[failure]
+    trainer = pushing(tmp_path / "my model", hub)
+    trainer.train()
+    hub.fail(match, status) if status else hub.drop(match)
+    with pytest.raises(HubError) as raised:
+        trainer.push_to_hub()
+    message = str(raised.value)
+    (line,) = message.splitlines()
+    assert line.startswith(f"The push to {REPO} failed: {said}")
+    assert f"The model is safe in {tmp_path / 'my model'}; this pushes it again: hf upload" in line
+    assert hub.token not in "".join(traceback.format_exception(raised.value))
+    saved = safetensors.torch.load_file(tmp_path / "my model" / "model.safetensors")
+    assert differing(saved, weights(trainer.model)) == []
+    assert "model.safetensors" not in hub.files(REPO)
+
+    hub.faults.clear()
+    command = shlex.split(message.rpartition("pushes it again: ")[2])
+    command[0] = str(Path(sys.executable).with_name("hf"))
+    env = hub.environment(tmp_path / "home")
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert safetensors.torch.load(hub.files(REPO)["model.safetensors"]).keys() == saved.keys()
+
+
+@pytest.mark.slow
+def test_a_connection_that_is_dropped_amid_the_weights_loses_nothing(tmp_path, hub):
+    """The client tries for 23 seconds, whatever it is told."""
+    trainer = pushing(tmp_path, hub)
+    trainer.train()
+    hub.drop("PUT /lfs/")
+    with pytest.raises(HubError, match="failed: RuntimeError: Error while uploading") as raised:
+        trainer.push_to_hub()
+    assert "hf upload" in str(raised.value)
+    hub.faults.clear()
+    trainer.push_to_hub()  # and the same trainer can do it, too
+    assert hub.files(REPO)["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_push_that_was_not_asked_for_at_the_start_saves_first(tmp_path, hub):
+    trainer = pushing(tmp_path, hub, push_to_hub=False)
+    trainer.train()
+    assert not (tmp_path / "model.safetensors").exists()
+    hub.fail("POST /api/repos/create", 403)
+    with pytest.raises(HubError, match="403 Forbidden"):
+        trainer.push_to_hub()
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_push_that_fails_amid_the_training_is_reported_and_the_training_goes_on(
+    tmp_path, hub, caplog
+):
+    hub.fail("POST /api/models/.*/commit/", 403, times=1)
+    trainer = pushing(
+        tmp_path, hub, hub_strategy="every_save", hub_always_push=True, save_strategy="steps",
+        save_steps=1,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    (record,) = [record for record in caplog.records if record.name == "amp_hf.hub"]
+    assert f"A push to {REPO} failed: 403 Forbidden" in record.message
+    assert "hf upload" in record.message
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_hub_that_refuses_at_the_start_is_told_of_before_anything_is_trained(
+    tmp_path, hub, status
+):
+    hub.fail("POST /api/repos/create", status)
+    with pytest.raises(HubError, match=rf"^Repository {REPO} cannot be pushed to: {status} .*push"):
+        pushing(tmp_path, hub)
+
+
+def test_a_recipe_ends_with_one_line_when_the_token_is_missing_or_the_push_fails(tmp_path):
+    data = parquet_folder(tmp_path / "data", train=32, test=32)
+    with Hub() as hub:
+        done = recipe(hub, tmp_path, data, token=False)
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+        assert "cannot be pushed to: 401 Unauthorized (the token is missing" in line
+        assert "Traceback" not in done.stderr
+        hub.fail("POST /api/models/.*/commit/", 500)
+        done = recipe(hub, tmp_path, data)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(
+        r"train_cifar10.py: error: The push to someone/digits failed: 500 ", done.stderr
+    )
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert hub.token not in done.stderr + done.stdout
+
+
+def test_the_token_is_in_no_file_and_no_log(tmp_path, hub, caplog, capfd):
+    trainer = pushing(
+        tmp_path, hub, hub_strategy="all_checkpoints", save_strategy="steps", save_steps=2,
+        report_to="tensorboard",
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub()
+    secret = hub.token.encode()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in written)
+    assert [path for path in written if secret in path.read_bytes()] == []
+    assert [path for path, content in hub.files(REPO).items() if secret in content] == []
+    out, err = capfd.readouterr()
+    assert hub.token not in out + err + caplog.text + repr(trainer.args) + str(trainer.args)
+    assert trainer.args.hub_token == hub.token  # it still pushes with it
+
+
+def test_weights_are_pushed_as_safetensors_alone(tmp_path, hub):
+    trainer = pushing(tmp_path, hub)
+    trainer.train()
+    trainer.push_to_hub()
+    names = {Path(path).suffix for path in hub.files(REPO)} - {"", ".json", ".md"}
+    assert names == {".safetensors", ".bin"}  # the latter are the Trainer's arguments
+    assert [p for p in hub.files(REPO) if p.endswith(".bin")] == ["training_args.bin"]
