@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TimmWrapperForImageClassification
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
 from .augment import eval_transform
@@ -71,7 +72,9 @@ def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
     assert isinstance(train_dataset, ImageDataset)
     surfaces = {}
     for name, folder in folders.items():
-        model = TimmWrapperForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        # `from_pretrained` would shard it under ZeRO-3.
+        model = TimmWrapperForImageClassification(TimmWrapperConfig.from_pretrained(folder))
+        safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
         plain = copy.copy(train_dataset)
         plain.transform = eval_transform(*preprocessing(model)[1:])
         order = torch.Generator().manual_seed(trainer.args.seed)

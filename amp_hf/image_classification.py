@@ -281,6 +281,11 @@ def build(
         eval_dataset=validation
         and dataset(validation, images.max_eval_samples, plain, "validation"),
     )
+    if images.compare_erm and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "--compare_erm trains twice, and DeepSpeed drives one training a process: leave it "
+            "out, and train ERM by a run of its own, with --epsilon 0."
+        )
     base_model, license = origin(images.model, images.from_scratch)
     trainer.evidence = Evidence(
         dataset=os.path.basename(os.path.abspath(images.dataset))

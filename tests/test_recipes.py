@@ -129,11 +129,15 @@ def test_every_accelerate_config_starts_a_recipe_that_saves_a_model(tmp_path, da
     if config.suffix == ".json":
         recipe += ["--deepspeed", config]
         config = config.with_name("ddp.yaml")
+    if config.stem == "zero3":  # where a model that is loaded is sharded, too
+        recipe += ["--flatness"]
     run(
         *("-m", "accelerate.commands.launch", "--config_file", config, *recipe),
         *f"{SMALL} --per_device_train_batch_size=8 --dataset={data}".split(),
         *f"--ascent_start=0 --logging_steps=1 --output_dir={tmp_path}".split(),
     )
+    if config.stem == "zero3":
+        assert json.loads((tmp_path / "flatness.json").read_text())["AMP"]["samples"] == 160
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 320 // (8 if config.stem == "single" else 16)
     norms = [entry["amp/delta_norm"] for entry in state["log_history"][:-1]]
