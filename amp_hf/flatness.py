@@ -153,19 +153,26 @@ class LossSurface:
             raise ValueError("There are no batches to measure a loss on.")
 
     @classmethod
-    def of(cls, trainer: Trainer, dataset: Any = None, **kwargs: Any) -> LossSurface:
-        """Of the trainer's model and its own loss, on `dataset` or on what it was trained on."""
+    def of(cls, trainer: Trainer, dataset: Any = None, seed: int = 0, **kwargs: Any) -> LossSurface:
+        """Of the trainer's model and its own loss, on `dataset` or on what it was trained on.
+
+        That has a length; its samples are drawn by `seed`, since many are sorted by class.
+        """
         dataset = trainer.train_dataset if dataset is None else dataset
         sharing = trainer.get_test_dataloader(dataset)  # each process a part of the batches
         batches = torch.utils.data.DataLoader(
-            sharing.dataset, trainer.args.eval_batch_size, collate_fn=sharing.collate_fn
+            sharing.dataset,
+            trainer.args.eval_batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
+            collate_fn=sharing.collate_fn,
         )
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
         def loss(model: nn.Module, batch: Batch) -> Any:
             return trainer.compute_loss(model, dict(batch))  # which may take the labels out
 
-        return cls(model, batches, loss, **kwargs)
+        return cls(model, batches, loss, seed=seed, **kwargs)
 
     def loss(self) -> float:
         """L(θ)."""

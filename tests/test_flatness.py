@@ -214,11 +214,13 @@ def test_how_the_samples_are_batched_makes_no_difference():
 
 
 def test_a_trainer_is_measured_by_its_own_loss_and_collator(tmp_path):
-    trainer = trainer_for(make(ConvNet), tmp_path, data=digits()[:50], label_smoothing_factor=0.3)
-    surface = LossSurface.of(trainer, max_samples=32, progress=False)
+    data = digits()[:32]
+    trainer = trainer_for(make(ConvNet), tmp_path, data=data, label_smoothing_factor=0.3)
+    surface = LossSurface.of(trainer, progress=False)
     with torch.no_grad():
         trainer.model.fc.weight.mul_(100)  # sure of itself, as no smoothed label is
-    assert surface.samples == 32  # of eight a batch
+    assert surface.samples == 32
+    assert LossSurface.of(trainer, max_samples=20, progress=False).samples == 24  # whole batches
     batches = digit_batches(32, 8)
     trainer.model.eval()
     with torch.no_grad():
