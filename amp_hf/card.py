@@ -5,13 +5,17 @@ Plain data in, text out; `amp_hf.hub` collects the data from a trainer.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import make_markdown_table
 from transformers.pipelines import SUPPORTED_TASKS
 
@@ -50,13 +54,15 @@ class Training:
 
     Args:
         source: the Hub repository, or the folder, that the model is loaded from.
+        revision: the repository's branch, if it is not the main one.
         task: the Hub's name of it, `None` where the model is of no known one.
         steps: optimizer steps; `ascending` of them had ascents, `perturbed` an ascent or a Δ.
-        seconds: what they took, if they were timed.
+        seconds: what they took, if that was measured of all of them.
         history: what was evaluated in the course of the training, one mapping an evaluation.
     """
 
     source: str
+    revision: str | None
     name: str
     task: str | None
     amp_config: AMPConfig
@@ -68,6 +74,22 @@ class Training:
     results: Results
     history: list[dict[str, Any]]
 
+
+# What the Hub takes as `license`: https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m openrail++ afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause
+    bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
+    cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
+    eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research
+    lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl osl-3.0 postgresql ofl-1.1 ncsa
+    unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2
+    llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
+    """.split()  # noqa: SIM905
+)
 
 # Metrics by name: what the table calls them, and in what it shows them.
 _METRICS = {
@@ -94,20 +116,24 @@ def write(path: Path, training: Training, evidence: Evidence) -> None:
 
 def _describe(data: Any, training: Training, evidence: Evidence) -> None:
     data.license = evidence.license or data.license or "unknown"
+    if data.license not in LICENSES:
+        data.license_name = re.sub(r"[^\w.-]+", "-", data.license.lower())
+        data.license = "other"
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = training.task or data.pipeline_tag
     data.base_model = evidence.base_model or data.base_model
-    data.datasets = [evidence.dataset] if evidence.dataset else data.datasets
+    if evidence.dataset and _is_hub_id(evidence.dataset):
+        data.datasets = [evidence.dataset]
     tags = ["amp_hf"]
     if training.amp_config.epsilon > 0:
         tags.append("adversarial-model-perturbation")
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
-    name = evidence.dataset or "the training's own"
+    name = evidence.dataset or ", ".join(_listed(data.datasets)) or "unknown"
     data.model_name = training.name
     data.eval_results = [
         EvalResult(
             task_type=training.task or "other",
-            dataset_type=name,
+            dataset_type=name if _is_hub_id(name) else "other",
             dataset_name=name,
             dataset_split=split,
             metric_type=metric,
@@ -121,9 +147,21 @@ def _describe(data: Any, training: Training, evidence: Evidence) -> None:
     data.metrics = sorted({result.metric_type for result in data.eval_results}) or None
 
 
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _listed(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
 def _sections(data: Any, training: Training, evidence: Evidence) -> list[str]:
     return [
-        _introduction(data, training),
+        _introduction(data, training, evidence),
         *_results(training, evidence),
         *_pictures(evidence),
         *_how_to_use(training),
@@ -134,22 +172,19 @@ def _sections(data: Any, training: Training, evidence: Evidence) -> list[str]:
     ]
 
 
-def _introduction(data: Any, training: Training) -> str:
-    base, datasets = (
-        [names] if isinstance(names, str) else names or []
-        for names in (data.base_model, data.datasets)
-    )
-    origin = "trained from its initial values"
-    if base:
-        origin = f"{_links(base, '')}, fine-tuned"
-    dataset = f" on {_links(datasets, 'datasets/')}" if datasets else ""
+def _introduction(data: Any, training: Training, evidence: Evidence) -> str:
+    base = _links(_listed(data.base_model), "")
+    datasets = [evidence.dataset] if evidence.dataset else _listed(data.datasets)
+    what = f"This model is {base}, fine-tuned" if base else "This model was trained"
+    if datasets:
+        what += f" on {_links(datasets, 'datasets/')}"
     if training.amp_config.epsilon == 0:
-        return f"This model is {origin}{dataset}, without any perturbation (`epsilon=0`)."
+        return f"{what}, without any perturbation (`epsilon=0`)."
     return (
-        f"This model is {origin}{dataset}, with Adversarial Model Perturbation (AMP; nothing to do "
-        "with mixed precision).\n\nAMP takes the gradient of a step not at the weights, but where "
-        "the loss is worst in a small ball around them. So training avoids sharp minima, in favour "
-        "of flat ones, which tend to generalize better and to be better calibrated."
+        f"{what}, with Adversarial Model Perturbation (AMP; nothing to do with mixed precision)."
+        "\n\nAMP takes the gradient of a step not at the weights, but where the loss is worst in a "
+        "small ball around them. So training avoids sharp minima, in favour of flat ones, which "
+        "tend to generalize better and to be better calibrated."
     )
 
 
@@ -167,11 +202,12 @@ def _results(training: Training, evidence: Evidence) -> list[str]:
     for split, metrics in training.results.items():
         for metric in _shown(metrics):
             label, form = _METRICS.get(metric, (metric, "{:.4f}"))
-            values = [column[split][metric] for column in results if split in column]
-            rows.append([f"{split}: {label}", *map(form.format, values)])
+            values = [column.get(split, {}).get(metric) for column in results]
+            cells = ["" if value is None else form.format(value) for value in values]
+            rows.append([f"{split}: {label}", *cells[: 2 if evidence.twin else 1]])
     found = [evidence.flatness[name] for name in names if name in evidence.flatness]
-    for cells in zip(*map(_flatness_cells, found)):
-        rows.append([cells[0][0], *(value for _, value in cells)])
+    for of_models in zip(*map(_flatness_cells, found)):
+        rows.append([of_models[0][0], *(value for _, value in of_models)])
     if not rows:
         return []
     width = max(map(len, rows))
@@ -206,12 +242,15 @@ def _flatness_cells(flatness: Flatness) -> list[tuple[str, str]]:
             f"{flatness.worst_case_rise:.4f}",
         ),
         (
-            f"rise of the loss in {len(rise.values)} random directions, "
-            f"{flatness.scale:g} filter norms away",
+            f"rise of the loss {flatness.scale:g} filter norms away, mean ± standard deviation of "
+            f"{len(rise.values)} random directions",
             f"{rise.mean:.4f} ± {rise.std:.4f}",
         ),
         ("largest eigenvalue of the Hessian", f"{top.value:.4g}{converged}"),
-        ("trace of the Hessian", f"{trace.mean:.4g} ± {trace.standard_error:.2g}"),
+        (
+            "trace of the Hessian, ± standard error",
+            f"{trace.mean:.4g} ± {trace.standard_error:.2g}",
+        ),
     ]
 
 
@@ -226,6 +265,9 @@ def _how_to_use(training: Training) -> list[str]:
     model = task["pt"][0].__name__
     kinds = {"image": "AutoImageProcessor", "text": "AutoTokenizer"}
     processor = kinds.get(task["type"], "AutoProcessor")
+    source = f'"{training.source}"'
+    if training.revision:
+        source += f', revision="{training.revision}"'
     return [
         f"""## How to use
 
@@ -234,7 +276,7 @@ It loads without amp_hf:
 ```python
 from transformers import pipeline
 
-predict = pipeline("{training.task}", model="{training.source}")
+predict = pipeline("{training.task}", model={source})
 ```
 
 or, with its parts in hand:
@@ -242,8 +284,8 @@ or, with its parts in hand:
 ```python
 from transformers import {", ".join(sorted([processor, model]))}
 
-processor = {processor}.from_pretrained("{training.source}")
-model = {model}.from_pretrained("{training.source}")
+processor = {processor}.from_pretrained({source})
+model = {model}.from_pretrained({source})
 ```"""
     ]
 
@@ -258,18 +300,17 @@ def _procedure(training: Training) -> str:
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    return "\n".join(f"| `{name}` | `{value}` |" for name, value in values.items())
+    cells = ((name, str(value).replace("|", "\\|")) for name, value in values.items())
+    return "\n".join(f"| `{name}` | `{value}` |" for name, value in cells)
 
 
 def _cost(training: Training, evidence: Evidence) -> str:
-    steps, config = training.steps, training.amp_config
-    text = f"## Cost\n\n{training.ascending:,} of {steps:,} steps had an ascent"
-    if config.inner_steps > 1:
-        text = text.replace("an ascent", f"{config.inner_steps} ascents")
-    text += (
-        ", each with a forward and a backward pass of its own"
-        f"{f' on {config.ascent_fraction:.0%} of the batch' if config.ascent_fraction < 1 else ''}"
-    )
+    config = training.amp_config
+    text = f"## Cost\n\n{training.ascending:,} of {training.steps:,} steps had an ascent"
+    if training.ascending:
+        count = f"{config.inner_steps} forward and backward passes"
+        text += f", {'a further forward and backward pass' if config.inner_steps == 1 else count}"
+        text += f" on {config.ascent_fraction:.0%} of the batch" * (config.ascent_fraction < 1)
     if training.perturbed > training.ascending:
         text += f"; {training.perturbed - training.ascending:,} more reused the last perturbation"
     text += "."
@@ -298,9 +339,10 @@ def _duration(seconds: float) -> str:
 
 
 def _versions() -> str:
-    names = ["amp-hf", "torch", "transformers", "accelerate", "timm", "datasets", "peft"]
-    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
-    found = [f"{n} {importlib.metadata.version(n)}" for n in names if n in installed]
+    found = []
+    for name in ("amp-hf", "torch", "transformers", "accelerate", "timm", "datasets", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
     return "## Versions\n\n" + ", ".join(found)
 
 

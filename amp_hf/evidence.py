@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
-import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -27,9 +23,10 @@ from .pictures import (
     loss_curves,
     reliability,
     save,
+    write_json,
 )
 from .trainer import AMPTrainer
-from .vision import ImageDataset, as_is, preprocessing
+from .vision import ImageDataset, preprocessing
 
 Sets = dict[str, ImageDataset]
 
@@ -44,7 +41,8 @@ def train_twin(twin: AMPTrainer, sets: Sets, evidence: Evidence, resumes: bool) 
     for name, dataset in sets.items():
         twin.evaluate(dataset, metric_key_prefix=name)
     evidence.twin = results_of(twin.state.log_history)
-    evidence.twin_seconds = result.metrics["train_runtime"]
+    if checkpoint is None:  # else it is a part of them
+        evidence.twin_seconds = result.metrics["train_runtime"]
 
 
 def draw_calibration(
@@ -70,6 +68,7 @@ def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
     """
     train_dataset = trainer.train_dataset
     assert isinstance(train_dataset, ImageDataset)
+    trainer.accelerator.wait_for_everyone()  # until the main process has saved them
     surfaces = {}
     for name, folder in folders.items():
         # `from_pretrained` would shard it under ZeRO-3.
@@ -77,18 +76,14 @@ def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
         safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
         plain = copy.copy(train_dataset)
         plain.transform = eval_transform(*preprocessing(model)[1:])
-        order = torch.Generator().manual_seed(trainer.args.seed)
-        batch_size = trainer.args.eval_batch_size
-        collate: Any = as_is
-        batches = DataLoader(plain, batch_size, shuffle=True, generator=order, collate_fn=collate)
         nn.Module.to(model, trainer.args.device)
-        surfaces[name] = LossSurface(model, batches, seed=trainer.args.seed)
+        surfaces[name] = LossSurface.of(trainer, plain, model, seed=trainer.args.seed)
         trainer.evidence.flatness[name] = measure(surfaces[name])
     curves, contours = loss_curves(surfaces), loss_contours(surfaces)
     if trainer.is_world_process_zero():
         output = Path(str(trainer.args.output_dir))
         found = {name: flatness.to_dict() for name, flatness in trainer.evidence.flatness.items()}
-        (output / "flatness.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(found, output / "flatness.json")
         pictures = {
             "Training loss around the weights": ("loss_curves", draw_loss_curves(curves), curves),
             "Training loss over the plane of two random directions": (

@@ -20,14 +20,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import extract_model_from_parallel, send_to_device, set_seed
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,7 +47,7 @@ _GRADIENT, _HESSIAN_PRODUCT = 3, 9
 
 @dataclass(frozen=True)
 class Rise:
-    """Of the loss, in its unit, over random directions."""
+    """Of the loss, in its unit, over random directions; `std` is the standard deviation."""
 
     mean: float
     std: float
@@ -67,8 +66,11 @@ class Eigenvalue:
 
 @dataclass(frozen=True)
 class Trace:
+    """The mean of `values`, one a probe, and its standard error."""
+
     mean: float
     standard_error: float
+    values: list[float]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class LossSurface:
     all of them get the same results.
 
     Args:
-        model: whole on every process, in float32 or float64.
+        model: whole on every process, its parameters in float32 or float64.
         batches: a dataloader or any iterable of batches, the same on every process. It is read
             once, up to the batch with which there are `max_samples`; the batches are kept.
         loss: from the model and a batch to the mean loss over the batch's samples, 0-dimensional;
@@ -107,8 +109,8 @@ class LossSurface:
         progress: show a bar on the terminal.
 
     Raises:
-        ValueError: a model that is sharded over processes, or that has no trainable parameters; no
-            batches.
+        ValueError: a model that is sharded over processes, or in half precision, or without
+            trainable parameters; no batches.
     """
 
     def __init__(
@@ -120,14 +122,19 @@ class LossSurface:
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        self.model = model
-        self.params: list[Tensor] = [param for param in model.parameters() if param.requires_grad]
+        self.model = extract_model_from_parallel(model, keep_torch_compile=False)
+        self.params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if not self.params:
             raise ValueError("The model has no trainable parameters along which to measure a loss.")
         if any(isinstance(param, DTensor) or hasattr(param, "ds_id") for param in self.params):
             raise ValueError(
                 "The model's parameters are sharded over processes: save it and measure the one "
                 "that from_pretrained loads."
+            )
+        if halved := {p.dtype for p in self.params} - {torch.float32, torch.float64}:
+            raise ValueError(
+                f"Parameters in {halved.pop()} are too coarse to be moved a little: load the model "
+                "with dtype=torch.float32."
             )
         self.device = self.params[0].device
         self.seed = seed
@@ -141,9 +148,10 @@ class LossSurface:
         self._distributed = ranks > 1
         self.samples = 0
         self._batches: list[tuple[Batch, int]] = []  # with the number of samples
-        with preserved_rng(self.device):  # a dataloader draws
+        with preserved_rng(self.device):
+            set_seed(seed)  # a dataloader or a collator may draw
             for i, batch in enumerate(batches):
-                size = find_batch_size(batch) or 1
+                size = _size(batch)
                 self.samples += size
                 if i % ranks == rank:
                     self._batches.append((send_to_device(batch, self.device), size))
@@ -153,10 +161,20 @@ class LossSurface:
             raise ValueError("There are no batches to measure a loss on.")
 
     @classmethod
-    def of(cls, trainer: Trainer, dataset: Any = None, seed: int = 0, **kwargs: Any) -> LossSurface:
-        """Of the trainer's model and its own loss, on `dataset` or on what it was trained on.
+    def of(
+        cls,
+        trainer: Trainer,
+        dataset: Any = None,
+        model: nn.Module | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> LossSurface:
+        """Of the trainer's own loss, in mixed precision if its model computes so.
 
-        That has a length; its samples are drawn by `seed`, since many are sorted by class.
+        Args:
+            dataset: with a length; `None` is what was trained on. Its samples are drawn by `seed`,
+                since many are sorted by class.
+            model: `None` is the trainer's.
         """
         dataset = trainer.train_dataset if dataset is None else dataset
         sharing = trainer.get_test_dataloader(dataset)  # each process a part of the batches
@@ -167,11 +185,12 @@ class LossSurface:
             generator=torch.Generator().manual_seed(seed),
             collate_fn=sharing.collate_fn,
         )
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
         def loss(model: nn.Module, batch: Batch) -> Any:
             return trainer.compute_loss(model, dict(batch))  # which may take the labels out
 
+        model = model or trainer.model
+        assert model is not None
         return cls(model, batches, loss, seed=seed, **kwargs)
 
     def loss(self) -> float:
@@ -201,12 +220,13 @@ class LossSurface:
         """The largest L(θ + Δ) − L(θ) that `worst_case` finds."""
         return self.worst_case(radius, steps)[0]
 
+    @torch.no_grad()
     def worst_case(self, radius: float, steps: int = 10) -> tuple[float, list[Tensor]]:
         """The largest L(θ + Δ) − L(θ) that `steps` ascents find within ‖Δ‖₂ ≤ `radius`, and its Δ.
 
         Δ ← project(Δ + ζ·∇L(θ + Δ)), with ascents as long as the radius: ζ = r / ‖∇L‖₂. The rise is
-        a lower bound of the maximum. Where ∇L(θ) is zero, the first ascent goes in a random
-        direction.
+        a lower bound of the maximum, >= 0, and a NaN as soon as a loss is one. Where ∇L(θ) is zero,
+        the first ascent goes in a random direction.
 
         Args:
             radius: > 0, in parameter units, over all trainable parameters together.
@@ -214,9 +234,11 @@ class LossSurface:
         theta = list(torch._foreach_clone(self.params))
         perturbation = Perturbation(self.params, radius, "global")
         clean, gradient = self._loss_and_gradient()
-        worst, delta = -math.inf, gradient
+        loss, worst, delta = clean, clean, [torch.zeros_like(param) for param in theta]
         try:
             for step in range(1, steps + 1):
+                if math.isnan(loss):
+                    return math.nan, delta
                 if not (length := norm(gradient)):
                     gradient = self._gaussian(self.generator())
                     length = norm(gradient)
@@ -225,12 +247,11 @@ class LossSurface:
                     loss, gradient = self._loss_and_gradient()
                 else:
                     loss = self.loss()
-                if not loss <= worst:  # so that a NaN is seen
-                    worst = loss
-                    delta = list(torch._foreach_sub(list(self.params), theta))
+                if not loss <= worst:
+                    worst, delta = loss, list(torch._foreach_sub(list(self.params), theta))
         finally:
             perturbation.restore()
-        return worst - clean, [d.detach() for d in delta]
+        return worst - clean, delta
 
     def random_rise(self, scale: float, directions: int = 10) -> Rise:
         """L(θ + s·d) − L(θ) over filter-normalized random directions d, and its spread.
@@ -245,7 +266,7 @@ class LossSurface:
             self.along(self.random_direction(generator), [scale])[0] - clean
             for _ in range(directions)
         ]
-        return Rise(statistics.mean(values), statistics.stdev(values), values)
+        return Rise(*_mean_and_std(values), values)
 
     def top_eigenvalue(self, max_iterations: int = 50, tolerance: float = 0.01) -> Eigenvalue:
         """The largest eigenvalue λ of the Hessian, until ‖Hv − λv‖₂ <= `tolerance`·|λ|.
@@ -262,7 +283,7 @@ class LossSurface:
             product = self.hessian_product(vector)
             value = _dot(vector, product)
             residual = norm(torch._foreach_sub(product, torch._foreach_mul(vector, value)))
-            converged = residual <= tolerance * max(abs(value), abs(shift))
+            converged = residual <= tolerance * abs(value)
             if converged and (value >= 0 or shift):
                 break
             if converged:
@@ -284,7 +305,8 @@ class LossSurface:
             coins = self._random(lambda shape: torch.randint(2, shape, generator=generator))
             signs = [2 * coin - 1 for coin in coins]
             values.append(_dot(signs, self.hessian_product(signs)))
-        return Trace(statistics.mean(values), statistics.stdev(values) / probes**0.5)
+        mean, std = _mean_and_std(values)
+        return Trace(mean, std / probes**0.5, values)
 
     def generator(self) -> torch.Generator:
         """A new one, which draws the numbers of the seed."""
@@ -379,6 +401,7 @@ class LossSurface:
         self.model.eval()
         try:
             with preserved_rng(self.device), preserved_buffers(list(self.model.buffers())):
+                set_seed(self.seed)  # a model may draw in evaluation, too
                 yield
         finally:
             for module, mode in modes:
@@ -421,6 +444,16 @@ def measure(
             top_eigenvalue=surface.top_eigenvalue(max_iterations),
             trace=surface.trace(probes),
         )
+
+
+def _size(batch: Batch) -> int:
+    tensors = (value for value in batch.values() if torch.is_tensor(value) and value.ndim)
+    return next((len(tensor) for tensor in tensors), 1)
+
+
+def _mean_and_std(values: list[float]) -> tuple[float, float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return tensor.mean().item(), tensor.std().item()
 
 
 def _dot(a: Vector, b: Vector) -> float:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import http
 import logging
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import Trainer
 from transformers.modelcard import (
@@ -19,12 +18,12 @@ from transformers.modelcard import (
     extract_hyperparameters_from_trainer,
     parse_log_history,
 )
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils.hub import hf_api
 
 from .card import Evidence, Results, Training, write
 from .config import AMPConfig
-from .engine import temporarily
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,7 @@ class HubMixin(_Parent):
     amp_config: AMPConfig
     evidence: Evidence  # for the card
     _pushes: list[Future]  # that were not found to be done
+    _timed: bool  # whether the Trainer's time is that of the whole training
 
     # The Trainer's own.
     hub_model_id: Any
@@ -51,31 +51,44 @@ class HubMixin(_Parent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.evidence = Evidence()
+        self.push_in_progress = None  # the parent has it in the process that pushes
         self._pushes = []
+        self._timed = True
         super().__init__(*args, **kwargs)
         if self.args.hub_token is not None:
             self.args.hub_token = _Token(self.args.hub_token)
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """The parent's, which also makes the branch `hub_revision`. Raises `HubError`."""
-        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         with _failing(
-            f"Repository {name} cannot be pushed to",
+            f"Repository {self._repository()} cannot be pushed to",
             "Mend that, or leave push_to_hub out and push the trained model later.",
         ):
-            super().init_hf_repo(*args, **kwargs)
-            self._ensure_branch(self.args.hub_revision, *args, **kwargs)
+            super().init_hf_repo(token, private)
+            self._ensure_branch(self.args.hub_revision, token)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> CommitInfo:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The parent's. Raises `HubError` where it fails, after the model has been saved."""
         self.save_model(_internal_call=True)
-        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name
-        with (
-            _failing(f"The push to {name} failed", self._how_to_push(name)),
-            temporarily(self, "save_model", lambda *args, **kwargs: None),  # it is saved
-        ):
-            commit = super().push_to_hub(*args, **kwargs)
-        return commit
+        how = self._how_to_push(revision, private)
+        with _failing(f"The push to {self._repository()} failed", how):
+            if self.hub_model_id is None:
+                self.init_hf_repo(token, private)
+            self._ensure_branch(revision, token)
+            pushed = super().push_to_hub(
+                commit_message, blocking, token, revision, private, **kwargs
+            )
+        if isinstance(pushed, Future):
+            pushed.add_done_callback(lambda job: self._report(job, how))
+        return pushed
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md into the output folder: the parent's card, completed by `card.write`.
@@ -83,13 +96,20 @@ class HubMixin(_Parent):
         Results are those that `evaluate` logged last for each prefix, for example `test` after
         `trainer.evaluate(dataset, metric_key_prefix="test")`; the rest is in `evidence`.
         """
+        if not hasattr(self.model, "config"):  # where the parent looks for a base model
+            kwargs.setdefault("finetuned_from", "")
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             path = Path(str(self.args.output_dir), "README.md")
             known = {name: kwargs.get(name) for name in ("model_name", "tasks")}
-            write(path, self._training(**known), self.evidence)
+            evidence = self.evidence
+            if evidence.dataset is None and isinstance(dataset := kwargs.get("dataset"), str):
+                evidence = replace(evidence, dataset=dataset)
+            write(path, self._training(**known), evidence)
 
     def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
         super()._push_from_checkpoint(*args, **kwargs)
         current = self.push_in_progress
         self._pushes += [job for job in current.jobs if job not in self._pushes] if current else []
@@ -102,23 +122,30 @@ class HubMixin(_Parent):
     def _report_failed_pushes(self) -> None:
         """Of those that run beside the training, which goes on; the Trainer says nothing."""
         done = [job for job in self._pushes if job.done()]
-        for error in filter(None, (job.exception() for job in done)):
-            how = self._how_to_push(self.hub_model_id)
-            logger.warning(f"A push to {self.hub_model_id} failed: {_reason(error)}. {how}")
+        for job in done:
+            self._report(job, self._how_to_push())
         self._pushes = [job for job in self._pushes if job not in done]
 
-    def _how_to_push(self, name: str) -> str:
-        folder = str(self.args.output_dir)
-        words = ["hf", "upload", name, folder, ".", "--exclude", "checkpoint-*", "--exclude", "_*"]
-        if self.args.hub_revision:
-            words += ["--revision", self.args.hub_revision]
-        if self.args.hub_private_repo:
-            words += ["--private"]
-        return f"The model is safe in {folder}; this pushes it again: {shlex.join(words)}"
+    def _report(self, push: Future, how: str) -> None:
+        if error := push.exception():
+            logger.warning(f"A push to {self._repository()} failed: {_reason(error)}. {how}")
 
-    def _ensure_branch(
-        self, name: str | None, token: str | None = None, private: Any = None
-    ) -> None:
+    def _repository(self) -> str:
+        folder = Path(str(self.args.output_dir)).absolute().name
+        return self.hub_model_id or self.args.hub_model_id or folder
+
+    def _how_to_push(self, revision: str | None = None, private: bool | None = None) -> str:
+        folder = str(self.args.output_dir)
+        words = ["hf", "upload", self._repository(), folder, "."]
+        words += ["--exclude", "checkpoint-*", "--exclude", "_*"]
+        if revision := revision or self.args.hub_revision:
+            words += ["--revision", revision]
+        if self.args.hub_private_repo if private is None else private:
+            words += ["--private"]
+        login = "" if self.args.hub_token is None else ", after `hf auth login`"
+        return f"The model is safe in {folder}; this pushes it again{login}: {shlex.join(words)}"
+
+    def _ensure_branch(self, name: str | None, token: str | None) -> None:
         if name and self.is_world_process_zero():
             token = token or self.args.hub_token
             hf_api().create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
@@ -133,10 +160,15 @@ class HubMixin(_Parent):
         arguments.pop("mixed_precision_training", None)  # "Native AMP", of all names
         optimizer = OptimizerNames(self.args.optim).value
         arguments["optimizer"] = f"{optimizer} {self.args.optim_args or ''}".strip()
+        names = ["weight_decay", "max_grad_norm"]
+        if "adam" in optimizer:
+            names += ["adam_beta1", "adam_beta2", "adam_epsilon"]
+        arguments |= {name: getattr(self.args, name) for name in names}
         arguments |= {name: True for name in ("bf16", "fp16") if getattr(self.args, name)}
         seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
         return Training(
             source=self.hub_model_id or str(self.args.output_dir),
+            revision=self.args.hub_revision if self.hub_model_id else None,
             name=summary.model_name,
             task=task,
             amp_config=config,
@@ -144,7 +176,7 @@ class HubMixin(_Parent):
             steps=len(steps),
             ascending=sum(config.ascends_at(step, state.max_steps) for step in steps),
             perturbed=sum(config.perturbs_at(step, state.max_steps) for step in steps),
-            seconds=seconds[-1] if seconds else None,
+            seconds=seconds[-1] if seconds and self._timed else None,
             results=results_of(state.log_history),
             history=parse_log_history(state.log_history)[1] or [],
         )
@@ -170,10 +202,9 @@ def _failing(what: str, remedy: str) -> Iterator[None]:
     """Whatever is raised inside becomes a `HubError`: the clients' errors have no common class."""
     try:
         yield
-    except HubError:
-        raise
     except Exception as error:
-        raise HubError(f"{what}: {_reason(error)}. {remedy}") from error
+        cause = error.__cause__ if isinstance(error, HubError) else error
+        raise HubError(f"{what}: {_reason(cause)}. {remedy}") from cause
 
 
 _STATUS = {
@@ -195,7 +226,8 @@ def _reason(error: BaseException | None) -> str:
         return f"{type(first).__name__}: {line}".removesuffix(": ").rstrip(".")
     status = error.response.status_code
     meaning = _STATUS.get(status) or (error.server_message or "").strip().rstrip(".")
-    return f"{status} {http.HTTPStatus(status).phrase}" + (f" ({meaning})" if meaning else "")
+    reason = f"{status} {error.response.reason_phrase}".strip()
+    return f"{reason} ({meaning})" if meaning else reason
 
 
 def results_of(log_history: list[dict[str, float]]) -> Results:
@@ -208,7 +240,9 @@ def results_of(log_history: list[dict[str, float]]) -> Results:
                 results[split] = {
                     key.removeprefix(f"{split}_"): value
                     for key, value in entry.items()
-                    if key.startswith(f"{split}_") and key not in speed
+                    if key.startswith(f"{split}_")
+                    and key not in speed
+                    and isinstance(value, int | float)
                 }
     return results
 

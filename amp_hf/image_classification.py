@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from .augment import eval_transform, train_transform
-from .card import Evidence
+from .card import LICENSES, Evidence
 from .config import AMPConfig
 from .hub import HubError
 from .metrics import compute_metrics
@@ -106,6 +106,11 @@ class ImageArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.cutout < 0:
             raise ValueError(f"--cutout must be at least 0, got {self.cutout}.")
+        if self.license is not None and self.license not in LICENSES:
+            raise ValueError(
+                f"--license must be one of the Hub's identifiers, such as apache-2.0 or other, got "
+                f"{self.license!r}: https://huggingface.co/docs/hub/repositories-licenses has them."
+            )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"--validation_fraction must be in [0, 1), got {self.validation_fraction}."
@@ -226,6 +231,8 @@ def build(
 ) -> tuple[AMPTrainer, dict[str, ImageDataset]]:
     """The trainer, and by name the sets that it is evaluated on in the end."""
     _check_writable(str(args.output_dir))
+    if images.compare_erm or images.flatness:
+        from . import evidence  # noqa: F401  it takes matplotlib, which may be missing
     args.resume_from_checkpoint = _find_checkpoint(args)
     with args.main_process_first(desc="loading the dataset"):
         splits, image_column, label_column = load_images(
@@ -360,7 +367,7 @@ def _train_and_evaluate(
 ) -> dict[str, float]:
     args = trainer.args
     result = trainer.train(args.resume_from_checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is pushed when all is known
     trainer.save_state()
     results = dict(result.metrics)
     trainer.log_metrics("train", result.metrics)
@@ -375,13 +382,19 @@ def _train_and_evaluate(
         trainer.save_metrics(name, metrics)
         results |= metrics
     trainer.create_model_card()
+    failure = None
     if (images.compare_erm or images.flatness) and _all_finite(results):
-        _gather_evidence(images, trainer, sets)
+        try:
+            _gather_evidence(images, trainer, sets)
+        except Exception as error:  # the model is pushed for all that
+            failure = error
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(_SUMMARY.format(folder=args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub()
+    if failure is not None:
+        raise failure
     return results
 
 
@@ -392,7 +405,7 @@ def _all_finite(results: dict[str, float]) -> bool:
 def _gather_evidence(
     images: ImageArguments, trainer: AMPTrainer, sets: dict[str, ImageDataset]
 ) -> None:
-    from . import evidence  # and so matplotlib
+    from . import evidence
 
     regularized = trainer.amp_config.epsilon > 0
     trainers = {}
@@ -400,6 +413,7 @@ def _gather_evidence(
         args = copy.copy(trainer.args)
         args.output_dir = os.path.join(str(args.output_dir), "_erm")  # what has a _ is not pushed
         args.push_to_hub = False
+        args.report_to = []  # where the run of `trainer` is still open
         model = _model(images, args, list(trainer.model.config.id2label.values()))
         twin = _trainer(
             AMPTrainer,

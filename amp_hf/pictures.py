@@ -62,7 +62,7 @@ def loss_curves(
                 surface.along(surface.random_direction(generator), far) for _ in range(directions)
             ]
             _, delta = surface.worst_case(radius)
-            length = norm(delta)
+            length = norm(delta) or 1.0
             worst = surface.along(delta, [distance / length for distance in near])
         numbers["models"][name] = {"random": random, "worst": worst}
     return numbers
@@ -110,7 +110,9 @@ def draw_loss_contours(numbers: dict[str, Any], loss: str = "training loss, nats
     axes = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
     # The same levels in all panels; evenly many points lie between two of them.
     values = np.array(list(models.values()))
-    levels = np.unique(np.quantile(values[np.isfinite(values)], np.linspace(0, 1, 13)))
+    finite = values[np.isfinite(values)]
+    levels = np.unique(np.quantile(finite if len(finite) else [0.0], np.linspace(0, 1, 13)))
+    levels = levels if len(levels) > 1 else np.append(levels, levels + 1)
     colours = BoundaryNorm(levels, 256)
     for (name, losses), axis in zip(models.items(), axes):
         x = numbers["distances"]
@@ -172,8 +174,14 @@ def save(figure: Figure, numbers: dict[str, Any], path: str | os.PathLike[str]) 
     path = Path(path).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_json(numbers, path.with_suffix(".json"))
     return path
+
+
+def write_json(numbers: dict[str, Any], path: Path) -> None:
+    """JSON has no NaN and no infinity: they become null."""
+    plain = json.loads(json.dumps(numbers), parse_constant=lambda name: None)
+    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
 def _finish(axis: Axes) -> None:

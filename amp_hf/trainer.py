@@ -98,6 +98,7 @@ class AMPTrainerMixin(HubMixin):
     ) -> Any:
         if resume_from_checkpoint:
             self._compare_with_checkpoint(resume_from_checkpoint)
+        self._timed = not resume_from_checkpoint
         self._tensors = None
         self._loss_is_share = None
         try:

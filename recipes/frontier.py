@@ -100,6 +100,7 @@ ROWS = {
     "budget 1.6": Row("--budget 1.6", "AMP for a budget"),
     "last 15 % (the default)": Row("", "AMP, last 15 %"),
     "budget 1.15, ε 0.1": Row("--budget 1.15 --epsilon 0.1"),
+    "budget 1.15, ε 0.2": Row("--budget 1.15 --epsilon 0.2"),
     "budget 1.15, ε 0.3": Row("--budget 1.15 --epsilon 0.3"),
     "every 7th step, ε 0.1": Row(f"{_ALWAYS} --ascent_every 7"),
     "every 7th step, ε 0.2": Row(f"{_ALWAYS} --epsilon 0.2 --ascent_every 7", "AMP, plain between"),

@@ -11,7 +11,7 @@ import re
 import secrets
 import socket
 import threading
-from http import HTTPStatus
+from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -38,7 +38,7 @@ Commit = collections.namedtuple("Commit", "sha title files lfs")  # all files, n
 
 class RefusedError(Exception):
     def __init__(self, status, error=None, code=None, headers=None):
-        error = error or ERRORS.get(status) or HTTPStatus(status).phrase
+        error = error or ERRORS.get(status) or responses.get(status, "")
         code = code or (status == 404 and "RepoNotFound")
         own = {"X-Error-Message": error} | ({"X-Error-Code": code} if code else {})
         super().__init__(status, {"error": error}, own | (headers or {}))

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -20,7 +21,7 @@ FLATNESS = Flatness(
     scale=0.2,
     random_rise=Rise(0.05, 0.02, [0.03, 0.07]),
     top_eigenvalue=Eigenvalue(12.5, 0.1, 9, True),
-    trace=Trace(80.0, 3.0),
+    trace=Trace(80.0, 3.0, [77.0, 83.0]),
 )
 
 
@@ -53,7 +54,8 @@ def test_the_card_says_how_the_model_was_trained_and_what_came_of_it(tmp_path):
     assert "Adversarial Model Perturbation (AMP; nothing to do with mixed precision)" in text
     assert "| `epsilon` | `0.25` |" in text and "| `learning_rate` | `0.1` |" in text
     assert "| `optimizer` | `sgd` |" in text
-    assert "2 of 8 steps had an ascent, each with" in text
+    assert "2 of 8 steps had an ascent, a further forward and backward pass." in text
+    assert "| `weight_decay` | `0.0` |" in text and "| `max_grad_norm` | `0.0` |" in text
     accuracy = trainer.state.log_history[-1]["test_accuracy"]
     assert f"| test: accuracy | {accuracy:.2%} |" in text
     assert "booktitle = {Proceedings of the IEEE/CVF" in text
@@ -80,7 +82,7 @@ def test_the_results_are_in_the_metadata(tmp_path):
 def test_the_twin_and_the_flatness_stand_beside_the_model(tmp_path):
     trainer = trained(tmp_path)
     trainer.evidence.twin = {"test": {"accuracy": 0.5, "loss": 2.0}}
-    trainer.evidence.twin_seconds = 1e-6
+    trainer.evidence.twin_seconds = 1e-3
     trainer.evidence.flatness = {"AMP": FLATNESS, "ERM": FLATNESS}
     trainer.evidence.pictures = {"A picture": "loss_curves.png"}
     text = card_of(trainer).text
@@ -88,15 +90,16 @@ def test_the_twin_and_the_flatness_stand_beside_the_model(tmp_path):
     assert re.search(r"\| test: accuracy \| \d+\.\d\d% \| 50\.00% \|", text)
     assert re.search(r"\| eval: accuracy \| \d+\.\d\d% \|  \|", text)
     assert "| rise of the loss, worst found within 0.1 of the weights | 0.1794 | 0.1794 |" in text
-    assert "| trace of the Hessian | 80 ± 3 | 80 ± 3 |" in text
-    assert "times what ERM took on the same machine" in text
+    assert "| trace of the Hessian, ± standard error | 80 ± 3 | 80 ± 3 |" in text
+    seconds = trainer.state.log_history[-3]["train_runtime"]
+    assert f"{seconds / 1e-3:.2f} times what ERM took on the same machine (0.0 s)" in text
     assert "![A picture](loss_curves.png)" in text
 
 
 def test_without_perturbation_the_card_claims_none(tmp_path):
     card = card_of(trained(tmp_path, AMPConfig(epsilon=0)))
     assert "without any perturbation" in card.text
-    assert "0 of 8 steps had an ascent" in card.text
+    assert "0 of 8 steps had an ascent." in card.text
     assert "adversarial-model-perturbation" not in card.data.tags
 
 
@@ -132,6 +135,65 @@ def test_a_card_can_be_written_before_the_training_and_after_it_again(tmp_path):
     trainer.train()
     assert card_of(trainer).text.count("## Cost") == 1
     assert "2 of 8 steps" in card_of(trainer).text
+
+
+def test_steps_that_reuse_a_perturbation_are_counted_apart(tmp_path):
+    config = AMPConfig(ascent_start=0.5, ascent_every=4, ascent_reuse=True)
+    text = card_of(trained(tmp_path, config, max_steps=8)).text
+    assert "1 of 8 steps had an ascent, a further forward and backward pass; 3 more reused" in text
+
+
+def test_a_resumed_training_has_no_time_because_only_a_part_was_measured(tmp_path):
+    trained(tmp_path, save_strategy="steps", save_steps=6)
+    trainer = trainer_for(make(MLP), tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    text = card_of(trainer).text
+    assert "2 of 8 steps had an ascent" in text and "Training took" not in text
+
+
+def test_metrics_of_any_kind_and_a_twin_that_lacks_some_do_not_stop_the_card(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.state.log_history[-1] |= {"test_confusion": [[1, 2]], "test_best": "seven"}
+    trainer.evidence.twin = {"test": {"accuracy": 0.5}}
+    assert re.search(r"\| test: loss \| [\d.]+ \|  \|", card_of(trainer).text)
+
+
+def test_a_module_without_a_config_has_a_card(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = MLP()
+
+        def forward(self, pixels, labels=None):
+            return self.network(pixels, labels)
+
+    trainer = trainer_for(make(Plain), tmp_path, data=digits())
+    trainer.train()
+    assert "This model was trained, with Adversarial Model Perturbation" in card_of(trainer).text
+
+
+@pytest.mark.parametrize(
+    ("dataset", "listed"), [("a/b", ["a/b"]), ("my data", None), ("Zahlen (alt)", None)]
+)
+def test_only_what_can_be_on_the_hub_is_named_as_a_dataset(tmp_path, dataset, listed):
+    trainer = trained(tmp_path)
+    trainer.evidence.dataset = dataset
+    card = card_of(trainer)
+    assert card.data.datasets == listed
+    assert card.data.eval_results[0].dataset_name == dataset
+    assert dataset in card.text
+
+
+def test_a_license_that_the_hub_does_not_list_is_named_beside_other(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.evidence.license = "dinov3-license"
+    data = card_of(trainer).data
+    assert (data.license, data.license_name) == ("other", "dinov3-license")
+
+
+def test_a_regular_expression_does_not_break_the_table(tmp_path):
+    text = card_of(trained(tmp_path, AMPConfig(perturb="fc1|fc2"))).text
+    assert r"| `perturb` | `fc1\|fc2` |" in text
 
 
 def test_a_language_models_card_has_snippets_that_run(tmp_path):

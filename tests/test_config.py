@@ -157,8 +157,9 @@ def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
 
 def test_the_settings_of_the_budget_that_is_recommended():
     assert AMPConfig.for_budget(1.15) == AMPConfig(
-        epsilon=0.2, ascent_start=0.4, ascent_every=4, ascent_reuse=True
+        epsilon=0.7, ascent_start=0.4, ascent_every=4, ascent_reuse=True
     )
+    assert AMPConfig.for_budget(1.6) == AMPConfig(epsilon=0.2, ascent_start=0.4)
 
 
 @pytest.mark.parametrize("budget", [1, 1.0, 0.5, 0, -1, NAN, INF, True, "1.15", None])

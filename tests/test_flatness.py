@@ -1,10 +1,12 @@
 import functools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import flatness_worker
+import numpy as np
 import pytest
 import torch
 from support import (
@@ -95,6 +97,25 @@ def test_the_top_eigenvalue_is_the_largest_also_where_a_negative_one_is_of_large
     assert found.residual < 1e-5
 
 
+@pytest.mark.parametrize("lowest", [-10.0, -3.0])
+def test_the_top_eigenvalue_is_found_among_very_many_that_are_zero(lowest):
+    """A random vector is nearly one of the null space, and must not be taken for the answer."""
+
+    class Bowl(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.theta = nn.Parameter(torch.zeros(100_000, dtype=torch.float64))
+            self.register_buffer("curvature", torch.zeros_like(self.theta))
+            self.curvature[:3] = torch.tensor([lowest, 2.5, 2.0])
+
+        def forward(self, x):
+            return {"loss": x.mean() + (self.curvature * self.theta**2).sum() / 2}
+
+    found = LossSurface(Bowl(), [{"x": torch.zeros(1)}], progress=False).top_eigenvalue(500)
+    assert found.converged
+    assert found.value == pytest.approx(2.5, rel=1e-3)
+
+
 def test_a_power_iteration_that_has_not_converged_says_so():
     surface = quadratic_surface([5.0, 4.99, 4.98, 0.5, 0.0, 0.0])
     found = surface.top_eigenvalue(max_iterations=3, tolerance=1e-6)
@@ -107,6 +128,8 @@ def test_the_trace_is_estimated_with_its_standard_error():
     found = surface.trace(probes=2000)
     assert 0 < found.standard_error < 0.2
     assert abs(found.mean - 7.5) < 4 * found.standard_error
+    assert found.mean == pytest.approx(np.mean(found.values))
+    assert found.standard_error == pytest.approx(np.std(found.values, ddof=1) / 2000**0.5)
     # Of a diagonal matrix, random signs give the trace itself.
     diagonal = Quadratic(torch.diag(THETA), THETA, THETA)
     exact = LossSurface(diagonal, [{"weight": torch.ones(1)}], progress=False).trace(probes=2)
@@ -150,6 +173,40 @@ def test_a_loss_that_is_linear_has_no_curvature():
     assert surface.top_eigenvalue().value == 0
     assert surface.top_eigenvalue().converged
     assert surface.trace().mean == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10])
+def test_a_loss_that_is_nan_is_no_flat_one(steps):
+    model = make(ConvNet)
+    theta = model.fc.weight.detach().clone()
+
+    def loss(model, batch):
+        moved = not torch.equal(model.fc.weight, theta)
+        return model(**batch)["loss"] * (float("nan") if moved else 1.0)
+
+    surface = LossSurface(model, digit_batches(8, 8), loss, progress=False)
+    assert math.isnan(surface.worst_case_rise(0.1, steps))
+    assert math.isnan(surface.random_rise(0.1, 2).mean)
+
+
+def test_the_worst_case_is_never_below_the_loss_itself():
+    """All around a maximum the loss falls."""
+    surface = quadratic_surface([-1.0] * 6)
+    assert surface.worst_case_rise(0.5, steps=3) == 0
+
+
+def test_what_a_model_draws_in_evaluation_comes_from_the_seed_too():
+    class Noisy(ConvNet):
+        def forward(self, pixels, labels=None):
+            return super().forward(pixels + torch.randn_like(pixels), labels)
+
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(torch.seed())  # wherever the generator stands
+        surface = LossSurface(make(Noisy), digit_batches(16, 8), seed=seed, progress=False)
+        torch.rand(7)
+        found.append(surface.loss())
+    assert found[0] == found[1] != found[2]
 
 
 def test_measuring_twice_gives_the_same_and_another_seed_something_else():
@@ -220,7 +277,13 @@ def test_a_trainer_is_measured_by_its_own_loss_and_collator(tmp_path):
     with torch.no_grad():
         trainer.model.fc.weight.mul_(100)  # sure of itself, as no smoothed label is
     assert surface.samples == 32
-    assert LossSurface.of(trainer, max_samples=20, progress=False).samples == 24  # whole batches
+    first, other = (
+        LossSurface.of(trainer, max_samples=10, seed=seed, progress=False) for seed in (0, 1)
+    )
+    assert first.samples == 16  # whole batches
+    classes = [[b["labels"].tolist() for b, _ in surface._batches] for surface in (first, other)]
+    assert classes[0] != classes[1]
+    assert [sample["labels"].item() for sample in data[:8]] not in classes[0]
     batches = digit_batches(32, 8)
     trainer.model.eval()
     with torch.no_grad():
@@ -274,6 +337,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="no trainable parameters"):
         LossSurface(make(ConvNet).requires_grad_(False), digit_batches(4, 4))
+    with pytest.raises(ValueError, match=r"Parameters in torch.bfloat16 are too coarse"):
+        LossSurface(make(ConvNet, dtype=torch.bfloat16), digit_batches(4, 4))
     with pytest.raises(ValueError, match="no batches"):
         LossSurface(make(ConvNet), [])
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path):
         files = hub.files(REPO, "flat")
         assert {"model.safetensors", "config.json", "README.md", "amp_config.json"} <= files.keys()
         card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
-        assert f'pipeline("image-classification", model="{REPO}")' in card.text
+        assert f'pipeline("image-classification", model="{REPO}", revision="flat")' in card.text
         assert card.data.eval_results and str(tmp_path) not in card.content
         assert hub.cards[-1] == card.content  # what the Hub was asked to validate
 
@@ -115,6 +116,8 @@ def test_every_hub_strategy_pushes_what_it_says(tmp_path, hub, strategy):
     files, titles = hub.files(REPO), hub.commits(REPO)
     assert titles[-1] == "End of training"
     assert ("Training in progress, step 2" in titles) == (strategy != "end")
+    in_between = hub.repos[REPO].branches["main"][1].files
+    assert "## Cost" in in_between["README.md"].decode()
     checkpoints = {path.partition("/")[0] for path in files if path.endswith("optimizer.pt")}
     assert (
         checkpoints
@@ -129,12 +132,27 @@ def test_every_hub_strategy_pushes_what_it_says(tmp_path, hub, strategy):
     assert "adversarial-model-perturbation" in ModelCard(files["README.md"].decode()).data.tags
 
 
+@pytest.mark.distributed
+def test_two_processes_push_once(tmp_path):
+    worker = Path(__file__).with_name("hub_worker.py")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
+    with Hub() as hub:
+        done = subprocess.run(
+            [sys.executable, *map(str, command), str(tmp_path / "out"), REPO],
+            env=hub.environment(tmp_path / "home"), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert hub.commits(REPO).count("End of training") == 1
+        assert "README.md" in hub.files(REPO)
+
+
 FAILURES = {
     "401": ("POST /api/models/.*/commit/", 401, "401 Unauthorized (the token is missing"),
     "403": ("POST /api/models/.*/commit/", 403, "403 Forbidden (the token may not write there)"),
     "404": ("POST /api/models/.*/preupload/", 404, "404 Not Found (there is no such repository"),
     "409": ("POST /api/models/.*/commit/", 409, "409 Conflict (somebody else changed"),
     "429": ("POST /api/models/.*/commit/", 429, "429 Too Many Requests (the Hub got too many"),
+    "a proxy's own code": ("POST /api/models/.*/commit/", 520, "520"),
     "500": ("POST /api/models/.*/commit/", 500, "500 Internal Server Error (Internal Error - We'"),
     "upload refused": ("PUT /lfs/", 403, "403 Forbidden"),
     "dropped": ("POST /api/models/.*/commit/", None, "RemoteProtocolError: Server disconnected"),
@@ -152,15 +170,16 @@ def test_when_a_push_fails_the_model_is_safe_and_one_command_pushes_it(tmp_path,
     message = str(raised.value)
     (line,) = message.splitlines()
     assert line.startswith(f"The push to {REPO} failed: {said}")
-    assert f"The model is safe in {tmp_path / 'my model'}; this pushes it again: hf upload" in line
+    assert f"The model is safe in {tmp_path / 'my model'}; this pushes it again, after" in line
     assert hub.token not in "".join(traceback.format_exception(raised.value))
     saved = safetensors.torch.load_file(tmp_path / "my model" / "model.safetensors")
     assert differing(saved, weights(trainer.model)) == []
     assert "model.safetensors" not in hub.files(REPO)
 
     hub.faults.clear()
-    command = shlex.split(message.rpartition("pushes it again: ")[2])
+    command = shlex.split(message.rpartition("login`: ")[2])
     command[0] = str(Path(sys.executable).with_name("hf"))
+    assert "after `hf auth login`: hf upload" in message
     env = hub.environment(tmp_path / "home")
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -186,9 +205,25 @@ def test_a_push_that_was_not_asked_for_at_the_start_saves_first(tmp_path, hub):
     trainer.train()
     assert not (tmp_path / "model.safetensors").exists()
     hub.fail("POST /api/repos/create", 403)
-    with pytest.raises(HubError, match="403 Forbidden"):
-        trainer.push_to_hub()
+    with pytest.raises(HubError, match="403 Forbidden") as raised:
+        trainer.push_to_hub(revision="v2", private=True)
     assert (tmp_path / "model.safetensors").exists()
+    assert str(raised.value).endswith("--exclude '_*' --revision v2 --private")
+    hub.faults.clear()
+    trainer.push_to_hub(revision="v2", private=True)
+    assert hub.private(REPO) and "model.safetensors" in hub.files(REPO, "v2")
+
+
+def test_a_push_in_the_background_that_fails_is_reported(tmp_path, hub, caplog):
+    trainer = pushing(tmp_path, hub)
+    trainer.train()
+    hub.fail("POST /api/models/.*/commit/", 500)
+    push = trainer.push_to_hub(blocking=False)
+    assert push.exception() is not None
+    deadline = time.monotonic() + 10
+    while not caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)  # its callbacks follow
+    assert "failed: 500 Internal Server Error" in caplog.text
 
 
 def test_a_push_that_fails_amid_the_training_is_reported_and_the_training_goes_on(
@@ -232,6 +267,8 @@ def test_a_recipe_ends_with_one_line_when_the_token_is_missing_or_the_push_fails
         r"train_cifar10.py: error: The push to someone/digits failed: 500 ", done.stderr
     )
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "test_accuracy" in (tmp_path / "out" / "all_results.json").read_text()
+    assert "## Results" in (tmp_path / "out" / "README.md").read_text()
     assert hub.token not in done.stderr + done.stdout
 
 

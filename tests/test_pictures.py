@@ -84,10 +84,18 @@ def test_pictures_are_saved_with_their_numbers_and_leave_the_models_alone(tmp_pa
         assert differing(before[name], weights(surface.model)) == []
 
 
-@pytest.mark.parametrize("lowest", [0.0, -0.5, float("inf")])
-def test_contours_of_any_losses_can_be_drawn(lowest):
-    flat = [[lowest, 0.1], [0.2, 1.0]]
-    numbers = {"distances": [0.0, 1.0], "models": {"a": flat, "b": [[0.3] * 2] * 2}}
+def test_what_is_not_a_number_is_null_in_the_json(tmp_path):
+    numbers = {"distances": [0.0, 1.0], "models": {"a": [[0.0, np.nan], [1.0, np.inf]]}}
+    path = save(draw_loss_contours(numbers), numbers, tmp_path / "x.png")
+    read = json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
+    assert read["models"]["a"] == [[0.0, None], [1.0, None]]
+
+
+@pytest.mark.parametrize("lowest", [0.0, -0.5, 0.3, np.inf, np.nan])
+@pytest.mark.parametrize("highest", [0.3, 1.0, np.nan])
+def test_contours_of_any_losses_can_be_drawn(lowest, highest):
+    models = {"a": [[lowest, 0.3], [0.3, highest]], "b": [[highest] * 2] * 2}
+    numbers = {"distances": [0.0, 1.0], "models": models}
     figure = draw_loss_contours(numbers)
     figure.canvas.draw()
     assert [axis.get_title() for axis in figure.axes[:2]] == ["a", "b"]

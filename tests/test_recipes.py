@@ -17,6 +17,7 @@ from support import differing
 from transformers import AutoModelForImageClassification, Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, vision
+from amp_hf.augment import eval_transform
 from amp_hf.image_classification import ImageArguments, main, parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -107,6 +108,15 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
     assert by_split == {"test", "contrast"}
     flatness = json.loads((folder / "flatness.json").read_text())
     assert flatness["AMP"]["samples"] == 96
+    for name, path in (("AMP", folder), ("ERM", folder / "_erm")):  # of the images as they are
+        model = AutoModelForImageClassification.from_pretrained(path).eval()
+        geometry, mean, std = vision.preprocessing(model)
+        plain = vision.ImageDataset(
+            rows(0, 96), "img", "label", geometry, eval_transform(mean, std)
+        )
+        with torch.no_grad():
+            loss = model(**plain.__getitems__(list(range(96)))).loss.item()
+        assert flatness[name]["loss"] == pytest.approx(loss, rel=1e-4)
     # The twin is what the stock Trainer trains from the same seed, and stays off the Hub.
     stock = [*SMALL.split(), "--dataset", str(tmp_path / "data"), "--epsilon=0"]
     main(dict(augment="signs"), {}, None, [*stock, "--output_dir", str(tmp_path / "stock")])
@@ -200,6 +210,7 @@ def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path
 
 BAD = {
     "--eval_splits=fog": "--eval_splits: ",
+    "--license=MIT License": "--license must be one of the Hub's identifiers, such as apache-2.0",
     "--budget=1": "AMPConfig.for_budget takes a finite number > 1",
     "--epsilon=-1": "AMPConfig.epsilon must be a finite number >= 0, got -1.0.",
     "--epsilon=nan": "AMPConfig.epsilon must be a finite number >= 0, got nan.",
