@@ -96,7 +96,8 @@ class ImageArguments:
         default=None,
         metadata={
             "help": "How many times the stock Trainer's training time may be spent, > 1: the "
-            "settings of AMPConfig.for_budget, which further arguments override."
+            "settings of AMPConfig.for_budget, for schedules on which the model overfits. Further "
+            "arguments override them."
         },
     )
 

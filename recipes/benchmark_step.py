@@ -237,15 +237,11 @@ def beside_stock(workload: str, bf16: bool, rounds: int, key: str) -> dict:
     name, size, batch_size = workload.rsplit(":", 2)
     setting = name, int(size), int(batch_size)
     trainers = [build(setting, bf16, of == AUGMENTING, **TRAINERS[of]) for of in (STOCK, key)]
-    peaks, clocks = [], []
+    clocks = []
     for trainer in trainers:
-        memory, clock = PeakMemory(), Clock()
-        trainer.add_callback(memory)
-        trainer.train()
-        trainer.remove_callback(memory)
-        trainer.add_callback(clock)
-        peaks.append(memory.peak)
-        clocks.append(clock)
+        clocks.append(Clock())
+        trainer.add_callback(clocks[-1])
+        trainer.train()  # warms up
 
     found: dict[str, list[float]] = {"stock": [], "step": [], "cycle": []}
     for _ in range(rounds):
@@ -255,6 +251,13 @@ def beside_stock(workload: str, bf16: bool, rounds: int, key: str) -> dict:
         found["stock"].append(stock)
         found["step"].append(own / stock)
         found["cycle"].append(own_cycle / stock_cycle)
+
+    peaks = []
+    for trainer in trainers:
+        memory = PeakMemory()
+        trainer.add_callback(memory)
+        trainer.train()
+        peaks.append(memory.peak)
     params = [p for p in trainers[0].model.parameters() if p.requires_grad]
     copies = (peaks[1] - peaks[0]) / sum(p.nbytes for p in params)
     return found | {"memory_copies": copies, "parameters": sum(p.numel() for p in params)}

@@ -148,18 +148,16 @@ def test_radius_zero_never_perturbs(reuse):
 def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
     config = AMPConfig.for_budget(budget)
     passes = 1 + len(ascents(10_000, **config.to_dict())) / 10_000
-    assert passes == pytest.approx(min(budget, 2), abs=1e-3)
+    assert passes == pytest.approx(min(budget, 1.3), abs=1e-3)
     perturbed = sum(config.perturbs_at(step, 10_000) for step in range(10_000)) / 10_000
     assert perturbed >= 0.55
-    if budget >= 2:
-        assert (config.ascent_start, config.ascent_every) == (0, 1)
 
 
 def test_the_settings_of_the_budget_that_is_recommended():
     assert AMPConfig.for_budget(1.15) == AMPConfig(
         epsilon=0.7, ascent_start=0.4, ascent_every=4, ascent_reuse=True
     )
-    assert AMPConfig.for_budget(1.6) == AMPConfig(epsilon=0.2, ascent_start=0.4)
+    assert AMPConfig.for_budget(2) == AMPConfig.for_budget(1.3)
 
 
 @pytest.mark.parametrize("budget", [1, 1.0, 0.5, 0, -1, NAN, INF, True, "1.15", None])
