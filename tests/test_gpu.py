@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
-from support import ConvNet, always, logged, make, train, trainer_for, weights
+from support import ConvNet, always, digit_batches, logged, make, train, trainer_for, weights
 from test_distributed import launch
 from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from amp_hf import AMPTrainer
+from amp_hf.flatness import LossSurface, measure
 
 pytestmark = pytest.mark.gpu
 
@@ -103,3 +104,18 @@ def test_fsdp_with_one_rank_trains_as_one_process(tmp_path, bf16):
     for expected, actual in zip(*runs, strict=True):
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, rtol=0, atol=2e-2 if bf16 else 1e-5)
+
+
+def test_flatness_on_the_gpu_is_that_on_the_cpu():
+    """Random directions are drawn on the CPU for both."""
+    settings = dict(steps=3, directions=2, max_iterations=5, probes=2)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = make(ConvNet, dtype=torch.float64).to(device)
+        batches = [b | {"pixels": b["pixels"].double()} for b in digit_batches(32, 16)]
+        found.append(measure(LossSurface(model, batches, progress=False), **settings))
+    on_cpu, on_gpu = found
+    assert on_gpu.worst_case_rise == pytest.approx(on_cpu.worst_case_rise, rel=1e-6)
+    assert on_gpu.random_rise.values == pytest.approx(on_cpu.random_rise.values, rel=1e-6)
+    assert on_gpu.top_eigenvalue.value == pytest.approx(on_cpu.top_eigenvalue.value, rel=1e-6)
+    assert on_gpu.trace.values == pytest.approx(on_cpu.trace.values, rel=1e-6)
