@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -232,8 +233,8 @@ def build(
 ) -> tuple[AMPTrainer, dict[str, ImageDataset]]:
     """The trainer, and by name the sets that it is evaluated on in the end."""
     _check_writable(str(args.output_dir))
-    if images.compare_erm or images.flatness:
-        from . import evidence  # noqa: F401  it takes matplotlib, which may be missing
+    if (images.compare_erm or images.flatness) and find_spec("matplotlib") is None:
+        raise ValueError("--compare_erm and --flatness draw pictures: pip install matplotlib.")
     args.resume_from_checkpoint = _find_checkpoint(args)
     with args.main_process_first(desc="loading the dataset"):
         splits, image_column, label_column = load_images(

@@ -48,6 +48,9 @@ class AMPTrainerMixin(HubMixin):
     mean over the steps with an ascent since the last log. Where `ascent_reuse` perturbs a step that
     has none, there is no pass at θ: its part of `loss` and of BatchNorm's statistics is from θ + Δ.
 
+    `create_model_card`, and so every push, writes down what was done and what came of it; what only
+    the script knows goes into `evidence` (`amp_hf.card.Evidence`).
+
     Raises:
         ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with.
     """

@@ -16,7 +16,7 @@ from PIL import Image
 from support import differing
 from transformers import AutoModelForImageClassification, Trainer
 
-from amp_hf import AMPConfig, AMPTrainer, vision
+from amp_hf import AMPConfig, AMPTrainer, image_classification, vision
 from amp_hf.augment import eval_transform
 from amp_hf.image_classification import ImageArguments, main, parse
 
@@ -126,6 +126,16 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
     )
     assert differing(twin, expected) == []
     assert "README.md (its card)" in out
+
+
+def test_pictures_without_matplotlib_are_refused_before_the_training(
+    tmp_path, data, capsys, monkeypatch
+):
+    monkeypatch.setattr(image_classification, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main({}, {}, None, [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path}",
+                            "--flatness"])  # fmt: skip
+    assert "draw pictures: pip install matplotlib." in capsys.readouterr().err
 
 
 @pytest.mark.distributed
