@@ -118,8 +118,8 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
             loss = model(**plain.__getitems__(list(range(96)))).loss.item()
         assert flatness[name]["loss"] == pytest.approx(loss, rel=1e-4)
     # The twin is what the stock Trainer trains from the same seed, and stays off the Hub.
-    stock = [*SMALL.split(), "--dataset", str(tmp_path / "data"), "--epsilon=0"]
-    main(dict(augment="signs"), {}, None, [*stock, "--output_dir", str(tmp_path / "stock")])
+    stock = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--dataset", tmp_path / "data"]
+    run(*stock, "--epsilon=0", "--output_dir", tmp_path / "stock")
     twin, expected = (
         AutoModelForImageClassification.from_pretrained(path).state_dict()
         for path in (folder / "_erm", tmp_path / "stock")
