@@ -242,6 +242,7 @@ def _train_and_evaluate(
             _gather_evidence(images, trainer, sets)
         except Exception as error:  # the model is pushed for all that
             failure = error
+            print(f"The model card lacks what could not be measured: {error}", file=sys.stderr)
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(_SUMMARY.format(folder=args.output_dir))

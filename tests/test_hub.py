@@ -19,7 +19,9 @@ from huggingface_hub import ModelCard
 from images import parquet_folder, rows
 from support import MLP, differing, make, on, trainer_for, weights
 
+from amp_hf import evidence
 from amp_hf.hub import HubError
+from amp_hf.image_classification import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
@@ -270,6 +272,25 @@ def test_a_recipe_ends_with_one_line_when_the_token_is_missing_or_the_push_fails
     assert "test_accuracy" in (tmp_path / "out" / "all_results.json").read_text()
     assert "## Results" in (tmp_path / "out" / "README.md").read_text()
     assert hub.token not in done.stderr + done.stdout
+
+
+def test_what_cannot_be_measured_for_the_card_keeps_no_model_from_the_hub(
+    tmp_path, hub, monkeypatch, capsys
+):
+    data = parquet_folder(tmp_path / "data", train=32, test=32)
+    error = RuntimeError("derivative for aten::something is not implemented")
+    monkeypatch.setattr(evidence.LossSurface, "trace", lambda *_: raise_(error))
+    words = [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path / 'out'}", "--flatness"]
+    words += ["--push_to_hub", f"--hub_model_id={REPO}", f"--hub_token={hub.token}"]
+    with pytest.raises(RuntimeError, match="aten::something"):
+        main({}, {}, None, words)
+    assert "lacks what could not be measured: derivative for aten" in capsys.readouterr().err
+    assert "## Results" in hub.files(REPO)["README.md"].decode()
+    assert "model.safetensors" in hub.files(REPO)
+
+
+def raise_(error):
+    raise error
 
 
 def test_the_token_is_in_no_file_and_no_log(tmp_path, hub, caplog, capfd):
