@@ -431,7 +431,7 @@ def measure(
         max_iterations: of `LossSurface.top_eigenvalue`.
         probes: of `LossSurface.trace`.
     """
-    cost = 2 + steps * _GRADIENT + 1 + directions + (max_iterations + probes) * _HESSIAN_PRODUCT
+    cost = 2 + worst_case_cost(steps) + directions + (max_iterations + probes) * _HESSIAN_PRODUCT
     with surface.announced("Flatness", cost):
         return Flatness(
             samples=surface.samples,
@@ -444,6 +444,11 @@ def measure(
             top_eigenvalue=surface.top_eigenvalue(max_iterations),
             trace=surface.trace(probes),
         )
+
+
+def worst_case_cost(steps: int) -> int:
+    """Of `LossSurface.worst_case`, in forward passes."""
+    return steps * _GRADIENT + 1
 
 
 def _size(batch: Batch) -> int:

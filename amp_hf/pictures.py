@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
-from .flatness import LossSurface, norm
+from .flatness import LossSurface, norm, worst_case_cost
 from .metrics import calibration_bins
 
 _STYLES: list[dict[str, Any]] = [
@@ -41,12 +41,13 @@ def loss_curves(
     scale: float = 0.3,
     points: int = 21,
     directions: int = 5,
+    steps: int = 10,
 ) -> dict[str, Any]:
     """The loss along random directions, and along the worst one within `radius`.
 
     Args:
         surfaces: by the models' names, at most five.
-        radius: in parameter units; of `LossSurface.worst_case`. The curve goes twice as far.
+        radius, steps: of `LossSurface.worst_case`. The curve goes twice as far as the radius.
         scale: how far the random directions are followed, in lengths of θ.
         points: of a curve.
         directions: of which the picture shows the mean and the range.
@@ -57,11 +58,12 @@ def loss_curves(
     numbers["models"] = {}
     for name, surface in surfaces.items():
         generator = surface.generator()
-        with surface.announced(f"Loss curves of {name}", (directions + 1) * points + 31):
+        cost = (directions + 1) * points + worst_case_cost(steps)
+        with surface.announced(f"Loss curves of {name}", cost):
             random = [
                 surface.along(surface.random_direction(generator), far) for _ in range(directions)
             ]
-            _, delta = surface.worst_case(radius)
+            _, delta = surface.worst_case(radius, steps)
             length = norm(delta) or 1.0
             worst = surface.along(delta, [distance / length for distance in near])
         numbers["models"][name] = {"random": random, "worst": worst}
