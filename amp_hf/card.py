@@ -55,6 +55,7 @@ class Training:
     Args:
         source: the Hub repository, or the folder, that the model is loaded from.
         revision: the repository's branch, if it is not the main one.
+        brings_code: whether it is loaded by code that lies beside it.
         task: the Hub's name of it, `None` where the model is of no known one.
         steps: optimizer steps; `ascending` of them had ascents, `perturbed` an ascent or a Δ.
         seconds: what they took, if that was measured of all of them.
@@ -63,6 +64,7 @@ class Training:
 
     source: str
     revision: str | None
+    brings_code: bool
     name: str
     task: str | None
     amp_config: AMPConfig
@@ -268,15 +270,20 @@ def _how_to_use(training: Training) -> list[str]:
     source = f'"{training.source}"'
     if training.revision:
         source += f', revision="{training.revision}"'
+    model_source = source
+    code = ""
+    if training.brings_code:
+        model_source += ", trust_remote_code=True"
+        code = ", by the code that lies beside it"
     return [
         f"""## How to use
 
-It loads without amp_hf:
+It loads without amp_hf{code}:
 
 ```python
 from transformers import pipeline
 
-predict = pipeline("{training.task}", model={source})
+predict = pipeline("{training.task}", model={model_source})
 ```
 
 or, with its parts in hand:
@@ -285,7 +292,7 @@ or, with its parts in hand:
 from transformers import {", ".join(sorted([processor, model]))}
 
 processor = {processor}.from_pretrained({source})
-model = {model}.from_pretrained({source})
+model = {model}.from_pretrained({model_source})
 ```"""
     ]
 

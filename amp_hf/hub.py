@@ -169,6 +169,7 @@ class HubMixin(_Parent):
         return Training(
             source=self.hub_model_id or str(self.args.output_dir),
             revision=self.args.hub_revision if self.hub_model_id else None,
+            brings_code=getattr(self.model, "_auto_class", None) is not None,
             name=summary.model_name,
             task=task,
             amp_config=config,

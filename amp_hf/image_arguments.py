@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ class ImageArguments:
     image_size: int = field(default=32, metadata={"help": "Pixels a side that images come to."})
     from_scratch: bool = field(
         default=False, metadata={"help": "timm's initial values instead of pretrained weights."}
+    )
+    model_args: dict | str | None = field(
+        default=None,
+        metadata={"help": "Further ones of a timm model, in JSON: '{\"patch_size\": 4}'."},
     )
     augment: Literal["objects", "signs", "none"] = field(
         default="objects",
@@ -72,6 +77,12 @@ class ImageArguments:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.model_args, str):
+            given = self.model_args
+            with contextlib.suppress(ValueError):
+                self.model_args = json.loads(given)
+            if not isinstance(self.model_args, dict):
+                raise ValueError(f"--model_args must be a JSON object, got {given}.")
         for name in ("image_size", "max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")

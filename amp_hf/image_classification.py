@@ -166,7 +166,8 @@ def _model(
     images: ImageArguments, args: TrainingArguments, names: list[str]
 ) -> TimmWrapperForImageClassification:
     set_seed(args.seed)
-    return build_model(images.model, names, images.image_size, images.from_scratch)
+    model_args: Any = images.model_args  # a mapping, once it is parsed
+    return build_model(images.model, names, images.image_size, images.from_scratch, model_args)
 
 
 def _trainer(
@@ -245,7 +246,8 @@ def _train_and_evaluate(
             print(f"The model card lacks what could not be measured: {error}", file=sys.stderr)
         trainer.create_model_card()
     if trainer.is_world_process_zero():
-        print(_SUMMARY.format(folder=args.output_dir))
+        trust = ", trust_remote_code=True" if trainer.model.is_remote_code() else ""
+        print(_SUMMARY.format(folder=args.output_dir, trust=trust))
     if args.push_to_hub:
         trainer.push_to_hub()
     if failure is not None:
@@ -294,7 +296,7 @@ Saved in {folder}: the model, README.md (its card), amp_config.json, all_results
 It loads without amp_hf:
 
     from transformers import pipeline
-    classify = pipeline("image-classification", model="{folder}")
+    classify = pipeline("image-classification", model="{folder}"{trust})
 """
 
 

@@ -2,7 +2,8 @@
 
 A model is a transformers `TimmWrapperForImageClassification`: everything that it takes to load it
 again (architecture, class names, preprocessing) is in its config.json, so it loads with
-`AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline` without this package.
+`AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline` without this package. The
+networks of `amp_hf.models` need `trust_remote_code=True` for that.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from transformers import (
     TimmWrapperImageProcessor,
     TrainerCallback,
 )
+
+from . import models
 
 # Up to this size a set of decoded images is held in memory.
 IN_MEMORY_BYTES = 2 * 1024**3
@@ -195,7 +198,11 @@ class EpochCallback(TrainerCallback):
 
 
 def build_model(
-    name: str, label_names: list[str], image_size: int, from_scratch: bool = False
+    name: str,
+    label_names: list[str],
+    image_size: int,
+    from_scratch: bool = False,
+    model_args: dict[str, Any] | None = None,
 ) -> TimmWrapperForImageClassification:
     """A classifier for images of `image_size` pixels a side, in float32.
 
@@ -203,12 +210,18 @@ def build_model(
         name: a timm model (`"resnet18"`, `"vit_tiny_patch16_224"`, with or without a pretrained
             tag), or a local folder that a model was saved to.
         from_scratch: timm's own initial values instead of pretrained weights from the Hub.
+        model_args: further arguments of `timm.create_model`, such as `{"patch_size": 4}`. They are
+            saved with the model.
 
     Raises:
-        ValueError: the name is unknown, the weights are out of reach, the images are too small, or
-            a saved model has another head.
+        ValueError: the name is unknown, the weights are out of reach, the images are too small,
+            the model does not know one of `model_args`, or a saved model has another head.
     """
     if os.path.isdir(name):
+        if model_args:
+            raise ValueError(
+                f"--model_args is for a timm model; the one saved in --model {name} has its own."
+            )
         if not os.path.isfile(os.path.join(name, "config.json")) or (
             PreTrainedConfig.get_config_dict(name)[0].get("model_type") != "timm_wrapper"
         ):
@@ -217,7 +230,8 @@ def build_model(
                 "that of a TimmWrapper, as these recipes save it."
             )
         try:
-            model = TimmWrapperForImageClassification.from_pretrained(name, dtype=torch.float32)
+            architecture = PreTrainedConfig.get_config_dict(name)[0].get("architecture")
+            model = _class_of(architecture).from_pretrained(name, dtype=torch.float32)
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"The weights in --model {name} could not be loaded ({_first_line(error)})."
@@ -231,7 +245,7 @@ def build_model(
                 "the dataset it was made for, or start from a timm model."
             )
     else:
-        model = _timm_model(name, label_names, image_size, from_scratch)
+        model = _timm_model(name, label_names, image_size, from_scratch, model_args or {})
     _try_forward(model, name, image_size)
     return model
 
@@ -270,7 +284,11 @@ def preprocessing(
 
 
 def _timm_model(
-    name: str, label_names: list[str], image_size: int, from_scratch: bool
+    name: str,
+    label_names: list[str],
+    image_size: int,
+    from_scratch: bool,
+    model_args: dict[str, Any],
 ) -> TimmWrapperForImageClassification:
     architecture = name.removeprefix("timm/")
     known = timm.list_models() + timm.list_pretrained()
@@ -280,7 +298,8 @@ def _timm_model(
         raise ValueError(f"--model {name!r} is neither a timm model nor a local folder: {hint}")
     cfg: Any = timm.get_pretrained_cfg(architecture)
     # Transformers have a position embedding of one size; timm resamples pretrained ones.
-    model_args: dict[str, Any] = {"img_size": image_size} if cfg.fixed_input_size else {}
+    if cfg.fixed_input_size:
+        model_args = {"img_size": image_size} | model_args
     try:
         backbone = timm.create_model(
             architecture, pretrained=not from_scratch, num_classes=len(label_names), **model_args
@@ -292,6 +311,8 @@ def _timm_model(
             f"The pretrained weights of {name!r} could not be loaded "
             f"({_first_line(error)}). Pass --from_scratch, or --model a local folder."
         ) from error
+    except TypeError as error:
+        raise ValueError(f"--model_args {model_args} do not fit {name!r}: {error}") from error
     except (AssertionError, ArithmeticError, IndexError) as error:
         raise _too_small(name, image_size, error) from error
     settings: dict[str, Any] = dict(
@@ -309,10 +330,16 @@ def _timm_model(
             "crop_mode": "squash",
         },
     )
-    model = TimmWrapperForImageClassification(TimmWrapperConfig(**settings))
+    config = TimmWrapperConfig(**settings)
+    model = _class_of(config.architecture)(config)
     # The wrapper draws initial values of its own over timm's.
     model.timm_model.load_state_dict(backbone.state_dict())
     return model
+
+
+def _class_of(architecture: str | None) -> type[TimmWrapperForImageClassification]:
+    known_to_timm = architecture not in models.NAMES
+    return TimmWrapperForImageClassification if known_to_timm else models.SmallImageClassifier
 
 
 def _try_forward(model: nn.Module, name: str, image_size: int) -> None:

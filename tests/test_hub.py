@@ -65,34 +65,44 @@ sys.modules["amp_hf"] = None  # as if it were not installed
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-repo, revision, picture = sys.argv[1:]
-model = AutoModelForImageClassification.from_pretrained(repo, revision=revision)
+repo, revision, picture, trust = sys.argv[1:]
+code = {"trust_remote_code": trust == "True"}
+model = AutoModelForImageClassification.from_pretrained(repo, revision=revision, **code)
 processor = AutoImageProcessor.from_pretrained(repo, revision=revision)
 inputs = processor(Image.open(picture).convert("RGB"))
 torch.save(model(**inputs).logits.detach(), picture + ".pt")
-predict = pipeline("image-classification", model=repo, revision=revision)
+predict = pipeline("image-classification", model=repo, revision=revision, **code)
 print(predict(picture, top_k=1)[0]["label"])
 """
 
 
-def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path):
+SMALL_PREACT = ["--model=preactresnet18", '--model_args={"channels": [8, 8, 8, 8], "stem_chs": 8}']
+
+
+@pytest.mark.parametrize(("model", "code"), [([], False), (SMALL_PREACT, True)])
+def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path, model, code):
     data = parquet_folder(tmp_path / "data", train=64, test=32)
     picture = tmp_path / "one.png"
     rows(300, 301)[0]["img"].save(picture)
     with Hub() as hub:
-        done = recipe(hub, tmp_path, data, "--hub_private_repo", "true", "--hub_revision", "flat")
+        branch = ["--hub_private_repo", "true", "--hub_revision", "flat"]
+        done = recipe(hub, tmp_path, data, *branch, *model)
         assert done.returncode == 0, done.stderr
+        trust = ", trust_remote_code=True" if code else ""
+        assert f'/out"{trust})' in done.stdout
         assert hub.private(REPO)
         assert hub.commits(REPO, "flat")[-1] == "End of training"
         assert hub.commits(REPO) == ["initial commit"]
         files = hub.files(REPO, "flat")
         assert {"model.safetensors", "config.json", "README.md", "amp_config.json"} <= files.keys()
         card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
-        assert f'pipeline("image-classification", model="{REPO}", revision="flat")' in card.text
+        source = f'"{REPO}", revision="flat"'
+        assert f'pipeline("image-classification", model={source}{trust})' in card.text
+        assert ("models.py" in files) == code
         assert card.data.eval_results and str(tmp_path) not in card.content
         assert hub.cards[-1] == card.content  # what the Hub was asked to validate
 
-        command = [sys.executable, "-c", LOAD, REPO, "flat", str(picture)]
+        command = [sys.executable, "-c", LOAD, REPO, "flat", str(picture), str(code)]
         env = hub.environment(tmp_path / "another home")
         loaded = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert loaded.returncode == 0, loaded.stderr
@@ -100,7 +110,7 @@ def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path):
         refused = subprocess.run(command, env=stranger, capture_output=True, text=True)
         assert refused.returncode != 0 and "not a valid model identifier" in refused.stderr
 
-    local = [sys.executable, "-c", LOAD, str(tmp_path / "out"), "main", str(picture)]
+    local = [sys.executable, "-c", LOAD, str(tmp_path / "out"), "main", str(picture), str(code)]
     pushed = torch.load(f"{picture}.pt")
     again = subprocess.run(local, capture_output=True, text=True, check=True)
     assert torch.equal(pushed, torch.load(f"{picture}.pt"))

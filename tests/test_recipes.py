@@ -243,6 +243,9 @@ BAD = {
     "--label_column=img": "has no label column 'img'; it has img, label",
     "--image_column=label": "has no image column 'label'; it has img, label",
     "--cutout=-4": "--cutout must be at least 0, got -4.",
+    "--model_args=[4]": "--model_args must be a JSON object, got [4].",
+    "--model_args={4": "--model_args must be a JSON object, got {4.",
+    '--model_args={"nope": 4}': "do not fit 'vit_tiny_patch16_224'",
     "--model=recipes": "--model recipes is a folder without a saved timm model",
     "--report_to=clearml": "requires 'clearml' to be installed",
 }

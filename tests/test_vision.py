@@ -56,9 +56,13 @@ print(best == model.config.id2label[int(model(**inputs).logits.argmax())], best)
 """
 
 
-@pytest.mark.parametrize("architecture", [ARCHITECTURE, "vit_tiny_patch16_224"])
-def test_a_saved_model_predicts_the_same_in_a_process_without_amp_hf(tmp_path, architecture):
-    model = build_model(architecture, NAMES, 32, from_scratch=True)
+@pytest.mark.parametrize(
+    ("architecture", "model_args"), [(ARCHITECTURE, None), ("test_vit", {"patch_size": 8})]
+)
+def test_a_saved_model_predicts_the_same_in_a_process_without_amp_hf(
+    tmp_path, architecture, model_args
+):
+    model = build_model(architecture, NAMES, 32, from_scratch=True, model_args=model_args)
     model.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
     data = rows(0, 1)
     data[0]["img"].save(tmp_path / "digit.png")

@@ -1,0 +1,249 @@
+"""Networks for images of 32 pixels, registered with timm: the AMP paper's, and small-image ResNets.
+
+    import amp_hf.models, timm
+
+    timm.create_model("preactresnet18", num_classes=10)
+
+Built of timm's own networks and layers. timm alone does not know them, so this file is saved and
+pushed with each model (`SmallImageClassifier`) and imports nothing of the rest of amp_hf. Of the
+numbers of parameters given here, those are meant that the network has for 10 classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, ClassifierHead, create_conv2d
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import ResNetV2
+from timm.models.vgg import VGG, ConvMlp, cfgs
+from torch import Tensor, nn
+from transformers import TimmWrapperForImageClassification
+
+NAMES = (
+    "preactresnet18",
+    "vgg16_small",
+    "wide_resnet28_10",
+    "pyramidnet164_a270",
+    "resnet18_small",
+    "resnet34_small",
+    "resnet50_small",
+    "resnet101_small",
+)
+
+_CFG = dict(input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, license="mit")
+default_cfgs = generate_default_cfgs({name: _CFG for name in NAMES})
+
+
+class SmallImageClassifier(TimmWrapperForImageClassification):
+    """A `TimmWrapper` around one of `NAMES`, saved together with this file.
+
+    Without amp_hf, `AutoModelForImageClassification.from_pretrained(…, trust_remote_code=True)` and
+    `pipeline(…, trust_remote_code=True)` load it.
+    """
+
+
+SmallImageClassifier.register_for_auto_class("AutoModelForImageClassification")
+
+
+class PreActResNet(ResNetV2):
+    """Pre-activation ResNet of basic blocks for small images (He et al., arXiv 1603.05027).
+
+    timm's ResNetV2 with BatchNorm, and one 3x3 convolution that keeps the size as its stem.
+    """
+
+    def __init__(self, layers: list[int], channels: tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(
+            layers,
+            channels,
+            basic=True,
+            bottle_ratio=1.0,
+            norm_layer=BatchNormAct2d,
+            conv_layer=create_conv2d,
+            **kwargs,
+        )
+        width = self.feature_info[0]["num_chs"]
+        self.stem = nn.Sequential()
+        self.stem.add_module("conv", create_conv2d(self.in_chans, width, 3))
+        self.init_weights(zero_init_last=False)
+        _keep_size(self)
+
+
+class SmallResNet(ResNet):
+    """timm's ResNet with a stem for small images: one 3x3 convolution, which keeps the size."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        stem: Any = create_conv2d(self.in_chans, self.feature_info[0]["num_chs"], 3)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.conv1 = stem
+        self.add_module("maxpool", nn.Identity())
+        _keep_size(self)
+
+
+class SmallVGG(VGG):
+    """timm's VGG whose head takes maps of any size, for small images (arXiv 1409.1556)."""
+
+    def __init__(self, cfg: list[int | str], **kwargs: Any) -> None:
+        # A head for 7x7 maps is made and dropped; this ratio keeps it small.
+        super().__init__(cfg, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, **kwargs)
+        self.pre_logits = ConvMlp(self.num_features, kernel_size=1, drop_rate=self.drop_rate)
+        self._initialize_weights()
+
+
+class PyramidBottleneck(nn.Module):
+    """Bottleneck with a BatchNorm before each convolution and one behind the last.
+
+    The shortcut has no parameters: it is pooled, and padded with channels of zeros.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_chs: int, width: int, stride: int) -> None:
+        super().__init__()
+        out_chs = width * self.expansion
+        self.norm1 = nn.BatchNorm2d(in_chs)
+        self.conv1 = create_conv2d(in_chs, width, 1)
+        self.norm2 = BatchNormAct2d(width)
+        self.conv2 = create_conv2d(width, width, 3, stride=stride)
+        self.norm3 = BatchNormAct2d(width)
+        self.conv3 = create_conv2d(width, out_chs, 1)
+        self.norm4 = nn.BatchNorm2d(out_chs)
+        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if stride > 1 else nn.Identity()
+        self.more_chs = out_chs - in_chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv1(self.norm1(x))
+        residual = self.conv2(self.norm2(residual))
+        residual = self.norm4(self.conv3(self.norm3(residual)))
+        return residual + F.pad(self.pool(x), (0, 0, 0, 0, 0, self.more_chs))
+
+
+class PyramidNet(nn.Module):
+    """PyramidNet of bottlenecks, whose width grows by the same at every block (arXiv 1610.02915).
+
+    Args:
+        depth: of the network, 9n + 2.
+        alpha: by how much the width grows from the first block to the last.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        alpha: int,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        channels, width, blocks = 16, 16.0, (depth - 2) // 9
+        self.stem = nn.Sequential(create_conv2d(in_chans, channels, 3), nn.BatchNorm2d(channels))
+        self.stages = nn.Sequential()
+        self.feature_info = []
+        for i, stride in enumerate((1, 2, 2)):
+            stage = nn.Sequential()
+            for j in range(blocks):
+                width += alpha / (3 * blocks)
+                stage.append(PyramidBottleneck(channels, round(width), stride if j == 0 else 1))
+                channels = round(width) * PyramidBottleneck.expansion
+            self.stages.append(stage)
+            self.feature_info.append(dict(num_chs=channels, reduction=2**i, module=f"stages.{i}"))
+        self.norm = BatchNormAct2d(channels)
+        self.num_features = self.head_hidden_size = channels
+        self.head = ClassifierHead(channels, num_classes, global_pool, drop_rate)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint_seq(stage, x) if checkpointed else stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _keep_size(model: Any) -> None:
+    """What the stem no longer divides by four, in the description that timm keeps of a model."""
+    for info in model.feature_info:
+        info["reduction"] = max(1, info["reduction"] // 4)
+
+
+@register_model
+def preactresnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """PreActResNet-18, 11.2 million parameters."""
+    args: dict[str, Any] = dict(layers=[2, 2, 2, 2], channels=(64, 128, 256, 512))
+    return build_model_with_cfg(PreActResNet, "preactresnet18", pretrained, **args | kwargs)
+
+
+@register_model
+def wide_resnet28_10(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
+    """WRN-28-10 without dropout (Zagoruyko and Komodakis, arXiv 1605.07146), 36.5 million."""
+    args: dict[str, Any] = dict(layers=[4, 4, 4], channels=(160, 320, 640), stem_chs=16)
+    return build_model_with_cfg(PreActResNet, "wide_resnet28_10", pretrained, **args | kwargs)
+
+
+@register_model
+def pyramidnet164_a270(pretrained: bool = False, **kwargs: Any) -> PyramidNet:
+    """PyramidNet of 164 layers with α = 270, 27.2 million parameters."""
+    args: dict[str, Any] = dict(depth=164, alpha=270)
+    return build_model_with_cfg(PyramidNet, "pyramidnet164_a270", pretrained, **args | kwargs)
+
+
+@register_model
+def vgg16_small(pretrained: bool = False, **kwargs: Any) -> SmallVGG:
+    """VGG-16 with BatchNorm, as the AMP paper's code has it: 33.6 million parameters."""
+    args: dict[str, Any] = dict(cfg=cfgs["vgg16"])
+    return build_model_with_cfg(SmallVGG, "vgg16_small", pretrained, **args | kwargs)
+
+
+@register_model
+def resnet18_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
+    """timm's resnet18 with a stem for small images."""
+    args: dict[str, Any] = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return build_model_with_cfg(SmallResNet, "resnet18_small", pretrained, **args | kwargs)
+
+
+@register_model
+def resnet34_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
+    """timm's resnet34 with a stem for small images."""
+    args: dict[str, Any] = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return build_model_with_cfg(SmallResNet, "resnet34_small", pretrained, **args | kwargs)
+
+
+@register_model
+def resnet50_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
+    """timm's resnet50 with a stem for small images."""
+    args: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return build_model_with_cfg(SmallResNet, "resnet50_small", pretrained, **args | kwargs)
+
+
+@register_model
+def resnet101_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
+    """timm's resnet101 with a stem for small images."""
+    args: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return build_model_with_cfg(SmallResNet, "resnet101_small", pretrained, **args | kwargs)
