@@ -5,8 +5,8 @@
     timm.create_model("preactresnet18", num_classes=10)
 
 Built of timm's own networks and layers. timm alone does not know them, so this file is saved and
-pushed with each model (`SmallImageClassifier`) and imports nothing of the rest of amp_hf. Of the
-numbers of parameters given here, those are meant that the network has for 10 classes.
+pushed with each model, and imports nothing of the rest of amp_hf. The numbers of parameters are those
+for 10 classes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from timm.layers import BatchNormAct2d, ClassifierHead, create_conv2d
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 from timm.models.vgg import VGG, ConvMlp, cfgs
 from torch import Tensor, nn
-from transformers import TimmWrapperForImageClassification
 
 NAMES = (
     "preactresnet18",
@@ -38,15 +38,16 @@ _CFG = dict(input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, licen
 default_cfgs = generate_default_cfgs({name: _CFG for name in NAMES})
 
 
-class SmallImageClassifier(TimmWrapperForImageClassification):
-    """A `TimmWrapper` around one of `NAMES`, saved together with this file.
+class TimmWrapperForImageClassification(transformers.TimmWrapperForImageClassification):
+    """transformers' own, around one of `NAMES`, saved together with this file.
 
     Without amp_hf, `AutoModelForImageClassification.from_pretrained(…, trust_remote_code=True)` and
-    `pipeline(…, trust_remote_code=True)` load it.
+    `pipeline(…, trust_remote_code=True)` load it. It has its parent's name because transformers
+    goes by names when it chooses a model's loss, its task on the Hub and its pipelines.
     """
 
 
-SmallImageClassifier.register_for_auto_class("AutoModelForImageClassification")
+TimmWrapperForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 
 class PreActResNet(ResNetV2):

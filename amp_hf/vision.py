@@ -339,7 +339,11 @@ def _timm_model(
 
 def _class_of(architecture: str | None) -> type[TimmWrapperForImageClassification]:
     known_to_timm = architecture not in models.NAMES
-    return TimmWrapperForImageClassification if known_to_timm else models.SmallImageClassifier
+    return (
+        TimmWrapperForImageClassification
+        if known_to_timm
+        else models.TimmWrapperForImageClassification
+    )
 
 
 def _try_forward(model: nn.Module, name: str, image_size: int) -> None:

@@ -139,7 +139,7 @@ def test_saved_models_predict_the_same_in_a_process_without_amp_hf(tmp_path):
         model.save_pretrained(folder)
         again = build_model(folder, NAMES, 32)  # as --model FOLDER does, and saved once more
         again.save_pretrained(folder)
-        assert type(again) is models.SmallImageClassifier
+        assert type(again) is models.TimmWrapperForImageClassification
         geometry, mean, std = preprocessing(model)
         pixels = torch.tensor(list(geometry(image.convert("RGB")).getdata())).float() / 255
         pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)
