@@ -90,6 +90,13 @@ class AMPConfig:
             "cost what plain ones do."
         },
     )
+    ascent_below: float | None = field(
+        default=None,
+        metadata={
+            "help": "Perturb what has been learnt: the radius grows from 0 at a loss of this, > 0, "
+            "to epsilon at a loss of 0. Default: it is epsilon at any loss."
+        },
+    )
 
     def __post_init__(self) -> None:
         self._check_real("epsilon", "a finite number >= 0", lambda x: x >= 0)
@@ -103,6 +110,8 @@ class AMPConfig:
         self._check_choice("norm_stats", get_args(NormStats))
         if not isinstance(self.ascent_reuse, bool):
             raise self._refuse("ascent_reuse", "True or False")
+        if self.ascent_below is not None:
+            self._check_real("ascent_below", "None or a finite number > 0", lambda x: x > 0)
         self._check_perturb()
 
     @classmethod

@@ -119,6 +119,11 @@ class Engine:
         """
         return contextlib.nullcontext()
 
+    def joint_mean(self, loss: Tensor) -> Tensor:
+        """Over what Δ is computed on: all ranks under `scope="batch"`, else this one."""
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        return self.accelerator.reduce(loss, "mean") if self.scope == "batch" else loss
+
     def _like(self, param: Tensor, shard: Tensor) -> Tensor:
         """A gradient for `param` of which `shard` is what this rank keeps."""
         return shard

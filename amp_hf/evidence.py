@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -60,24 +61,28 @@ def draw_calibration(
         trainer.evidence.pictures[caption] = save(draw_reliability(numbers), numbers, path).name
 
 
+def unaugmented(dataset: Any, model: Any) -> ImageDataset:
+    """The images of an `ImageDataset` as `model` takes them when it is evaluated."""
+    plain = copy.copy(dataset)
+    plain.transform = eval_transform(*preprocessing(model)[1:])
+    return plain
+
+
 def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
     """Measures and draws the loss around the models saved in `folders`, for the card of `trainer`.
 
     On the training images as they are, without augmentation. The models are loaded whole, by every
     process, whatever the engine shards.
     """
-    train_dataset = trainer.train_dataset
-    assert isinstance(train_dataset, ImageDataset)
     trainer.accelerator.wait_for_everyone()  # until the main process has saved them
     surfaces = {}
     for name, folder in folders.items():
         # `from_pretrained` would shard it under ZeRO-3.
         model = TimmWrapperForImageClassification(TimmWrapperConfig.from_pretrained(folder))
         safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
-        plain = copy.copy(train_dataset)
-        plain.transform = eval_transform(*preprocessing(model)[1:])
         nn.Module.to(model, trainer.args.device)
-        surfaces[name] = LossSurface.of(trainer, plain, model, seed=trainer.args.seed)
+        images = unaugmented(trainer.train_dataset, model)
+        surfaces[name] = LossSurface.of(trainer, images, model, seed=trainer.args.seed)
         trainer.evidence.flatness[name] = measure(surfaces[name])
     curves, contours = loss_curves(surfaces), loss_contours(surfaces)
     if trainer.is_world_process_zero():

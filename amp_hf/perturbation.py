@@ -35,7 +35,7 @@ def local_norms(tensors: list[Tensor]) -> Tensor:
 def shrinkage(
     delta: list[Tensor],
     params: Sequence[Tensor],
-    epsilon: float,
+    epsilon: float | Tensor,
     ball: Ball,
     rate: float | Tensor = 1.0,
     norms_of: Norms = local_norms,
@@ -66,7 +66,7 @@ def shrinkage(
 def project(
     delta: list[Tensor],
     params: Sequence[Tensor],
-    epsilon: float,
+    epsilon: float | Tensor,
     ball: Ball,
     rate: float | Tensor = 1.0,
     norms_of: Norms = local_norms,
@@ -140,7 +140,7 @@ class Perturbation:
     ) -> None:
         self.params = params
         self._groups = _groups(params)
-        self.epsilon = epsilon
+        self.epsilon: float | Tensor = epsilon
         self.ball = ball
         self._norms = norms
         self._moved = moved
@@ -148,6 +148,11 @@ class Perturbation:
         self._originals: list[tuple[list[Tensor], list[Tensor]]] = []
         self._kept: list[tuple[list[Tensor], list[Tensor]]] = []
         self._theta_moves = False
+
+    @torch.no_grad()
+    def shrink(self, factor: Tensor) -> None:
+        """ε ← factor · ε, for the ascents to come; a 0-dimensional tensor."""
+        self.epsilon = self.epsilon * factor.to(self.params[0].device, non_blocking=True)
 
     @torch.no_grad()
     def ascend(self, gradient: list[Tensor], rate: float | Tensor) -> Tensor:

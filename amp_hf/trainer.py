@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -145,6 +146,28 @@ class AMPTrainerMixin(HubMixin):
         finally:
             self._perturbation.restore()
 
+    def hyperparameter_search(
+        self, hp_space: Callable[[Any], dict[str, Any]] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The parent's; with Optuna, what `hp_space` returns may hold fields of `AMPConfig`, too.
+
+        A field that the trial does not choose is that of `amp_config`, which comes back in the end.
+        """
+        before = self.amp_config
+        names = before.to_dict().keys()
+
+        def space(trial: Any) -> dict[str, Any]:
+            assert hp_space is not None
+            chosen = hp_space(trial)
+            own = {name: value for name, value in chosen.items() if name in names}
+            self.amp_config = dataclasses.replace(before, **own)
+            return {name: value for name, value in chosen.items() if name not in own}
+
+        try:
+            return super().hyperparameter_search(hp_space and space, *args, **kwargs)
+        finally:
+            self.amp_config = before
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._ascended_steps and self._run is self.state:
             means = self.accelerator.reduce(self._sums / self._ascended_steps, reduction="mean")
@@ -244,7 +267,7 @@ class AMPTrainerMixin(HubMixin):
         counted = num_items_in_batch is not None and self.args.average_tokens_across_devices
         factor = ranks if counted else 1
         num_items: Any = num_items_in_batch
-        rate = config.inner_lr / engine.loss_scale()
+        share = 1.0  # of a batch's loss in that of all `batches`
         scale: Any = 1
         with self._alone() if alone else contextlib.nullcontext():
             if alone:
@@ -253,11 +276,11 @@ class AMPTrainerMixin(HubMixin):
                     scale = window if num_items is None else num_items_in_batch / num_items
                 scale = scale / factor
             elif self._loss_is_share is False:
-                rate = rate / (window * factor)
+                share = 1 / (window * factor)
             if config.ascent_fraction < 1:
                 batches = [self._sub_batch(batch) for batch in batches]
                 num_items = self._count_items(batches)
-            losses = self._ascents(model, perturbed, batches, num_items, rate)
+            losses = self._ascents(model, perturbed, batches, num_items, share)
         self._clean_losses = [loss / scale for loss in losses]
 
     def _ascents(
@@ -266,10 +289,14 @@ class AMPTrainerMixin(HubMixin):
         perturbed: list[nn.Parameter],
         batches: list,
         num_items: Tensor | int | None,
-        rate: float | Tensor,
+        share: float,
     ) -> list[Tensor]:
-        """From θ to θ + Δ. Returns the losses of `batches` at θ."""
+        """From θ to θ + Δ. Returns the losses of `batches` at θ.
+
+        Their sum times `share` is the mean loss of all of them.
+        """
         assert self._tensors is not None
+        rate = self.amp_config.inner_lr * share / self._engine.loss_scale()
         self._perturbation = self._engine.perturbation(perturbed, model, self.amp_config)
         self._reusable = None  # its Δ is where the gradient comes to
         clean_losses: list[Tensor] = []
@@ -287,6 +314,9 @@ class AMPTrainerMixin(HubMixin):
                     loss = super().training_step(model, copy.copy(batch), num_items)
                     if ascent == 0:
                         clean_losses.append(loss)
+            if ascent == 0 and self.amp_config.ascent_below is not None:
+                loss = self._engine.joint_mean(share * torch.stack(clean_losses).sum())
+                self._perturbation.shrink((1 - loss / self.amp_config.ascent_below).clamp(min=0))
             self._delta_norm = self._perturbation.ascend(gradient, rate)
         return clean_losses
 

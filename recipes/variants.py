@@ -3,6 +3,8 @@
 They know one process and no accumulation.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import Trainer
@@ -20,6 +22,19 @@ class BF16Ascents(AMPTrainer):
     def _ascents(self, *args) -> list[Tensor]:
         with torch.autocast(self.args.device.type, torch.bfloat16):
             return super()._ascents(*args)
+
+
+class RateFollowingRadius(AMPTrainer):
+    """The radius falls with the learning rate, from ε where that is highest."""
+
+    def _ascents(self, *args) -> list[Tensor]:
+        rate = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
+        config = self.amp_config
+        self.amp_config = replace(config, epsilon=config.epsilon * rate)
+        try:
+            return super()._ascents(*args)
+        finally:
+            self.amp_config = config
 
 
 class FreeAscent(AMPTrainer):

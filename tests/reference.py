@@ -28,8 +28,12 @@ def gradient(loss, theta):
     return list(torch.autograd.grad(loss(theta), theta))
 
 
-def perturbation(loss, theta, epsilon, inner_lr=1.0, inner_steps=1, ball="global"):
+def perturbation(
+    loss, theta, epsilon, inner_lr=1.0, inner_steps=1, ball="global", ascent_below=None
+):
     """Δ for the batch whose mean loss at parameters θ is `loss(θ)`."""
+    if ascent_below is not None:
+        epsilon = epsilon * max(0.0, 1 - float(loss(theta)) / ascent_below)
     delta = [torch.zeros_like(t) for t in theta]
     for _ in range(inner_steps):
         ascent = gradient(loss, [t + d for t, d in zip(theta, delta)])

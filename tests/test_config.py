@@ -32,6 +32,7 @@ FIELDS = {
     ),
     "norm_stats": ("one of 'clean', 'both'", ["clean", "both"], ["outer", "", None, True]),
     "ascent_reuse": ("True or False", [True, False], [1, 0, "true", None]),
+    "ascent_below": ("None or a finite number > 0", [None, 0.1, 3], [0, -0.5, NAN, INF, True, "1"]),
 }
 UNUSUAL = AMPConfig(
     epsilon=0.25,
@@ -45,6 +46,7 @@ UNUSUAL = AMPConfig(
     perturb=r"conv\d+\.weight",
     norm_stats="both",
     ascent_reuse=True,
+    ascent_below=0.5,
 )
 
 

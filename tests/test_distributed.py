@@ -38,11 +38,14 @@ JOINED = {
     "norms only": dict(net="conv", config={"perturb": "norm"}),
     "half the batch": dict(config={"ascent_fraction": 0.5}),
     "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager"),
+    "learnt": dict(
+        net="gpt2", config={"ascent_below": 8.0, "inner_steps": 2}, gradient_accumulation_steps=2
+    ),
     "reused": dict(config={"ascent_every": 3, "ascent_reuse": True}, gradient_accumulation_steps=2),
 }
 SEPARATE = {
     "own": dict(config={"inner_steps": 2, "inner_lr": 0.3}, gradient_accumulation_steps=2),
-    "own tokens": dict(net="gpt2"),
+    "own tokens": dict(net="gpt2", config={"ascent_below": 8.0}),
     "own tokens, accumulated": dict(net="gpt2", gradient_accumulation_steps=2),
 }
 OFFLOADED = {

@@ -100,6 +100,22 @@ def test_the_steps_before_ascent_start_are_those_of_the_stock_trainer_to_the_bit
     assert ours[4] != stock[4]
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("reuse", [False, True])
+def test_while_the_loss_is_too_high_training_is_the_stock_trainers_to_the_bit(
+    tmp_path, scope, reuse
+):
+    gated = always(ascent_below=0.1, scope=scope, inner_steps=2, ascent_every=2, ascent_reuse=reuse)
+    ours, stock = (
+        train(make(ConvNet), tmp_path, gradient_accumulation_steps=2, **own)
+        for own in (dict(config=gated), dict(cls=Trainer))
+    )
+    assert set(logged(ours, "amp/delta_norm")) == {0.0} == set(logged(ours, "amp/sharpness"))
+    assert logged(ours, "loss") == logged(stock, "loss")
+    for key in ("weights", "optimizer", "rng"):
+        assert outcome(ours)[key] == outcome(stock)[key], key
+
+
 # The parameters are θ whenever anyone looks
 
 EVENTS = [

@@ -189,7 +189,7 @@ def test_a_yaml_file_that_is_wrong_ends_with_one_line(tmp_path, capsys, text):
 
 
 def test_every_amp_field_is_an_argument(tmp_path):
-    amp = AMPConfig(0.2, 0.5, 2, "relative", "batch", 0.3, 2, 0.5, "norm", "both", True)
+    amp = AMPConfig(0.2, 0.5, 2, "relative", "batch", 0.3, 2, 0.5, "norm", "both", True, 0.5)
     argv = [f"--{name}={value}" for name, value in amp.to_dict().items()]
     assert parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)])[2] == amp
 
@@ -437,7 +437,9 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
     assert len(done) == len(set(done)) == 12
     assert found["times"]["gtsrb"].keys() == set(rows[1:])
     assert found["times"]["gtsrb"]["ERM"] == [1, 1]
-    table = frontier.table(found, "gtsrb")
+    options = frontier.FrontierArguments(output=str(tmp_path / "frontier.json"))
+    runs = frontier.Runs(frontier.SETTINGS, frontier.ROWS, options, tmp_path)
+    table = frontier.table(runs, "gtsrb")
     assert table in capsys.readouterr().out
     accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == "budget 1.15"]
     assert f"{sum(accuracies) / 2:.2f} ± " in table
@@ -445,10 +447,11 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
 
 
 def test_the_tables_of_the_frontier_are_those_of_its_results():
-    found = json.loads((RECIPES / "frontier.json").read_text())
+    options = frontier.FrontierArguments()
+    runs = frontier.Runs(frontier.SETTINGS, frontier.ROWS, options, RECIPES / "frontier.json")
     text = (RECIPES / "README.md").read_text()
     for key in frontier.SETTINGS:
-        assert frontier.table(found, key) in text
+        assert frontier.table(runs, key) in text
 
 
 @pytest.mark.distributed

@@ -439,29 +439,39 @@ def test_a_smaller_batch_size_is_found_and_trained_from_theta(tmp_path, failing,
     assert entry["amp/loss"] == pytest.approx(at_delta, rel=1e-10)
 
 
-def test_hyperparameter_search_perturbs_every_trial(tmp_path):
-    pytest.importorskip("optuna")
-    models = []
+def test_a_hyperparameter_search_chooses_the_perturbation_too(tmp_path):
+    """Each trial is the training that it says it is."""
+    evaluated = {}
 
-    def model_init():
-        models.append(make())
-        return models[-1]
+    def search_space(trial):
+        rate = trial.suggest_float("learning_rate", 0.01, 0.1)
+        return {"learning_rate": rate, "epsilon": trial.suggest_float("epsilon", 0.05, 0.2)}
 
-    trainer = AMPTrainer(
-        model_init=model_init,
-        args=arguments(tmp_path, max_steps=2, eval_strategy="steps"),
-        amp_config=always(),
-        train_dataset=digits(),
-        eval_dataset=digits()[:32],
-    )
-    best = trainer.hyperparameter_search(
-        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.01, 0.1)},
-        backend="optuna",
-        n_trials=2,
-    )
-    assert 0.01 <= best.hyperparameters["learning_rate"] <= 0.1
-    assert len(models) >= 3
-    assert logged(trainer, "amp/delta_norm") == pytest.approx([0.1, 0.1])
+    def searched(**kwargs):
+        options = dict(max_steps=2, eval_strategy="epoch", save_strategy="no")
+        return AMPTrainer(
+            model_init=lambda trial: make(),
+            args=arguments(tmp_path, **options | kwargs),
+            train_dataset=digits(),
+            eval_dataset=digits()[:32],
+        )
+
+    def objective(metrics):
+        evaluated[trainer.amp_config.epsilon] = metrics["eval_loss"]
+        assert logged(trainer, "amp/delta_norm") == pytest.approx([trainer.amp_config.epsilon] * 2)
+        return metrics["eval_loss"]
+
+    trainer = searched()
+    trainer.amp_config = base = always(epsilon=0.3)
+    best = trainer.hyperparameter_search(search_space, objective, n_trials=3, backend="optuna")
+    assert trainer.amp_config is base
+    assert len(evaluated) == 3
+    chosen = best.hyperparameters
+    assert evaluated[chosen["epsilon"]] == best.objective == min(evaluated.values())
+    alone = searched(learning_rate=chosen["learning_rate"])
+    alone.amp_config = always(epsilon=chosen["epsilon"])
+    alone.train()
+    assert alone.evaluate()["eval_loss"] == best.objective
 
 
 def test_a_model_from_model_init_is_perturbed_in_every_training(tmp_path):
@@ -625,9 +635,9 @@ class UncountedTrainer(AMPTrainer):
 def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_delta_is_the_same(
     tmp_path, net, cls, scope
 ):
-    def run(net, cls, epsilon=100.0):
+    def run(net, cls, epsilon=100.0, **own):
         # A small network has gradients inside of this ball.
-        config = always(epsilon=epsilon, scope=scope)
+        config = always(epsilon=epsilon, scope=scope, **own)
         options = dict(gradient_accumulation_steps=4, learning_rate=0.0, max_steps=4)
         return train(make(net), tmp_path, config, cls=cls, **options)
 
@@ -638,6 +648,9 @@ def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_de
     for key in ("loss", "amp/loss", "amp/sharpness"):
         fourfold = [4 * value for value in logged(divided, key)]
         assert logged(own, key) == pytest.approx(fourfold, rel=1e-3)
+    divided, own = (run(*kind, 0.05, ascent_below=4.0) for kind in ((MLP, AMPTrainer), (net, cls)))
+    assert max(logged(divided, "amp/delta_norm")) < 0.025  # the loss is above 2
+    assert logged(own, "amp/delta_norm") == pytest.approx(logged(divided, "amp/delta_norm"))
 
 
 @pytest.mark.parametrize("scope", SCOPES)

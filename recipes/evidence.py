@@ -1,0 +1,158 @@
+"""AMP beside ERM on several networks, data sets and schedules: the tables of README.md.
+
+    python recipes/evidence.py                     # all that evidence.json does not hold yet: hours
+    python recipes/evidence.py --tables results    # one of: choice, results, defaults, grid
+    python recipes/evidence.py --data path/to      # local copies in its folders cifar10 and gtsrb
+
+`choice` picks ε for AMP at every step on a fifth of the training set, held out; `results` compares on
+the official test sets; `defaults` looks for one setting that suits all schedules; `grid` shows how
+ε, ζ and N behave. The last epoch's model is tested. Several processes may fill the same file, with
+other `--seeds` or `--tables` each.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+from runs import DIGITS, Row, RunArguments, Runs, Setting
+from transformers import HfArgumentParser
+from variants import RateFollowingRadius
+
+CIFAR, GTSRB = "uoft-cs/cifar10", "tanganke/gtsrb"
+SMALL = "--from_scratch --model test_resnet"
+VIT = (
+    '--from_scratch --model test_vit --model_args {"patch_size":8} --optim adamw_torch_fused '
+    "--learning_rate 0.001 --weight_decay 0.05 --max_grad_norm 1"
+)
+LARGE = "--from_scratch --model resnet18"
+FEW = "--max_train_samples 2000 --augment none"
+MANY = "--max_train_samples 10000"
+DIGITS_ARGV = "--augment none --per_device_train_batch_size 32"
+
+SETTINGS = {
+    "gtsrb test_resnet": Setting(
+        "GTSRB, 2,000 images, 60 epochs", GTSRB, f"{SMALL} {FEW}", 60, epsilon=0.2
+    ),
+    "cifar10 test_resnet": Setting(
+        "CIFAR-10, 2,000 images, 60 epochs",
+        CIFAR,
+        f"{SMALL} --max_train_samples 2000 --augment objects",
+        60,
+        epsilon=0.4,
+    ),
+    "gtsrb test_vit": Setting(
+        "GTSRB, 1,000 images, 120 epochs",
+        GTSRB,
+        f"{VIT} --max_train_samples 1000 --augment none",
+        120,
+        epsilon=0.05,
+    ),
+    "cifar10 test_vit": Setting(
+        "CIFAR-10, 2,000 images, 60 epochs", CIFAR, f"{VIT} {FEW}", 60, epsilon=0.05
+    ),
+    "gtsrb resnet18": Setting(
+        "GTSRB, 2,000 images, 25 epochs", GTSRB, f"{LARGE} {FEW}", 25, epsilon=0.1
+    ),
+    "cifar10 resnet18": Setting(
+        "CIFAR-10, 2,000 images, 25 epochs", CIFAR, f"{LARGE} {FEW}", 25, epsilon=0.1
+    ),
+    "digits test_resnet": Setting(
+        "digits, 200 images, 60 epochs",
+        DIGITS,
+        f"{SMALL} {DIGITS_ARGV} --max_train_samples 200",
+        60,
+    ),
+    "digits test_vit": Setting(
+        "digits, 200 images, 60 epochs", DIGITS, f"{VIT} {DIGITS_ARGV} --max_train_samples 200", 60
+    ),
+    "gtsrb test_resnet short": Setting(
+        "GTSRB, 10,000 images, 5 epochs", GTSRB, f"{SMALL} {MANY} --augment signs", 5
+    ),
+    "cifar10 test_resnet short": Setting(
+        "CIFAR-10, 10,000 images, 5 epochs", CIFAR, f"{SMALL} {MANY} --augment objects", 5
+    ),
+    "gtsrb test_vit short": Setting(
+        "GTSRB, 10,000 images, 5 epochs", GTSRB, f"{VIT} {MANY} --augment signs", 5
+    ),
+    "cifar10 test_vit short": Setting(
+        "CIFAR-10, 10,000 images, 5 epochs", CIFAR, f"{VIT} {MANY} --augment objects", 5
+    ),
+    "digits test_resnet short": Setting(
+        "digits, 1,000 images, 3 epochs", DIGITS, f"{SMALL} {DIGITS_ARGV}", 3
+    ),
+    "digits test_vit short": Setting(
+        "digits, 1,000 images, 3 epochs", DIGITS, f"{VIT} {DIGITS_ARGV}", 3
+    ),
+}
+
+_HELD_OUT = "--validation_fraction 0.2 --ascent_start 0"
+_BUDGET = "--budget 1.15"
+ROWS = {
+    "ERM": Row("--epsilon 0", curvature=True),
+    "AMP": Row("--ascent_start 0 --epsilon {epsilon}", curvature=True),
+    "ERM, 2 × the epochs": Row("--epsilon 0", epochs=2.0, curvature=True),
+    "last 15 %, ε 0.1": Row("--ascent_start 0.85 --epsilon 0.1"),
+    "budget 1.15, below 0.1": Row(f"{_BUDGET} --ascent_below 0.1", curvature=True),
+    "budget 1.15, below 0.5": Row(f"{_BUDGET} --ascent_below 0.5", curvature=True),
+    "budget 1.15": Row(_BUDGET),
+    "budget 1.15, relative ε 0.05": Row(f"{_BUDGET} --ball relative --epsilon 0.05"),
+    "budget 1.15, ε follows the learning rate": Row(_BUDGET, trainer=RateFollowingRadius),
+    "held out, ε 0.02": Row(f"{_HELD_OUT} --epsilon 0.02"),
+    "held out, ε 0.05": Row(f"{_HELD_OUT} --epsilon 0.05"),
+    "held out, ε 0.1": Row(f"{_HELD_OUT} --epsilon 0.1"),
+    "held out, ε 0.2": Row(f"{_HELD_OUT} --epsilon 0.2"),
+    "held out, ε 0.4": Row(f"{_HELD_OUT} --epsilon 0.4"),
+}
+RESULTS = ("ERM", "AMP", "budget 1.15, below 0.1", "ERM, 2 × the epochs")
+DEFAULTS = tuple(name for name in ROWS if name.startswith(("last", "budget")))
+COMPARED = [key for key in SETTINGS if not key.startswith("digits") and not key.endswith("short")]
+SEARCHED = [key for key in SETTINGS if not key.endswith("resnet18")]
+_TRIED = {"test_resnet": (0.1, 0.2, 0.4), "test_vit": (0.02, 0.05, 0.1), "resnet18": (0.1, 0.2)}
+
+# Of each table, its settings and rows.
+TABLES = {
+    "choice": [
+        (key, f"held out, ε {epsilon}") for key in COMPARED for epsilon in _TRIED[key.split()[1]]
+    ],
+    "results": [(key, row) for row in RESULTS for key in COMPARED],
+    "defaults": [(key, row) for row in ("ERM", *DEFAULTS) for key in SEARCHED],
+}
+
+
+@dataclass
+class EvidenceArguments(RunArguments):
+    tables: list[str] = field(default_factory=lambda: list(TABLES))
+    settings: list[str] = field(default_factory=lambda: list(SETTINGS))
+    rows: list[str] = field(default_factory=lambda: list(ROWS))
+
+    def __post_init__(self) -> None:
+        for name, known in (("tables", TABLES), ("settings", SETTINGS), ("rows", ROWS)):
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise ValueError(f"--{name} knows {', '.join(known)}, not {unknown[0]!r}.")
+        self.check_data(SETTINGS.values())
+
+
+def main() -> None:
+    try:
+        (options,) = HfArgumentParser(
+            EvidenceArguments, description=__doc__
+        ).parse_args_into_dataclasses()
+        runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
+        for name in options.tables:
+            cells = [
+                (key, row)
+                for key, row in TABLES[name]
+                if key in options.settings and row in options.rows
+            ]
+            runs.fill(cells)
+            runs.time(cells)
+    except ValueError as error:
+        sys.exit(f"evidence.py: error: {error}")
+    print(f"\nSaved {runs.path}")
+
+
+if __name__ == "__main__":
+    main()

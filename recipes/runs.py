@@ -1,0 +1,246 @@
+"""What the scripts share that run the recipes many times: results by setting, row and seed, in a file.
+
+A run that the file holds is not repeated, so a script that was stopped goes on where it was.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from tqdm.auto import tqdm
+from train_digits import digits
+from transformers import PrinterCallback
+
+from amp_hf import AMPTrainer
+from amp_hf.evidence import unaugmented
+from amp_hf.flatness import LossSurface
+from amp_hf.image_classification import build, parse
+
+UNUSED = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
+DIGITS = "digits"  # scikit-learn's
+CURVATURE_SAMPLES = 250
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what, for how long.
+
+    Args:
+        dataset: Hub id, or `DIGITS`.
+        argv: the recipe's arguments.
+        epsilon: what stands for {epsilon} in a row's arguments.
+    """
+
+    title: str
+    dataset: str
+    argv: str
+    epochs: int
+    epsilon: float | None = None
+
+    @property
+    def folder(self) -> str:
+        return self.dataset.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How it is trained.
+
+    Args:
+        family: in a plot.
+        epochs: times the setting's.
+        curvature: whether the largest eigenvalue of the Hessian is measured.
+    """
+
+    argv: str
+    family: str | None = None
+    epochs: float = 1.0
+    trainer: type[AMPTrainer] = AMPTrainer
+    curvature: bool = False
+
+
+@dataclass
+class RunArguments:
+    seeds: list[int] = field(default_factory=lambda: [10, 11, 12])
+    rounds: int = field(default=9, metadata={"help": "Of the timing; 0 leaves it out."})
+    data: str | None = field(
+        default=None, metadata={"help": "Folder of local copies; else they come from the Hub."}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "All results, in JSON; plots lie beside it. Default: beside this file."},
+    )
+
+    def check_data(self, settings: Iterable[Setting]) -> None:
+        for setting in settings if self.data else ():
+            if setting.dataset != DIGITS and not os.path.isdir(self._copy(setting)):
+                raise ValueError(
+                    f"--data {self.data} has no folder {setting.folder!r}. Pass --data a folder of "
+                    "local copies, or leave it out to take the data sets from the Hub."
+                )
+
+    def source(self, setting: Setting) -> str:
+        """The `--dataset` of the recipe."""
+        if setting.dataset == DIGITS:
+            return _digits_folder()
+        return self._copy(setting) if self.data else setting.dataset
+
+    def _copy(self, setting: Setting) -> str:
+        return os.path.join(self.data or "", setting.folder)
+
+
+def _digits_folder() -> str:
+    """scikit-learn's digits, 1,000 of them to train on, as a folder of parquet files."""
+    folder = Path(tempfile.gettempdir(), "amp_hf_digits")
+    if not folder.exists():
+        parts = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
+        part = Path(tempfile.mkdtemp(dir=folder.parent))
+        for split, rows in parts.items():
+            rows.to_parquet(part / f"{split}-00000-of-00001.parquet")
+        part.replace(folder)
+    return str(folder)
+
+
+class Runs:
+    """The results in a JSON file: `found["runs"]`, a mapping each, and `found["times"]`, the ratios
+    of training times to ERM's by setting and row."""
+
+    def __init__(
+        self,
+        settings: dict[str, Setting],
+        rows: dict[str, Row],
+        options: RunArguments,
+        path: Path,
+    ) -> None:
+        self.settings = settings
+        self.rows = rows
+        self.options = options
+        self.path = Path(options.output) if options.output else path
+        self._read()
+
+    def fill(self, cells: Iterable[tuple[str, str]]) -> None:
+        """Runs what is not there yet of these settings and rows."""
+        done = {(run["setting"], run["row"], run["seed"]) for run in self.found["runs"]}
+        wanted = [(*cell, seed) for seed in self.options.seeds for cell in cells]
+        wanted = [run for run in wanted if run not in done]
+        for key, row, seed in tqdm(wanted, unit=" runs", disable=None):
+            result = self._run(key, row, seed)
+            with self._latest() as found:
+                found["runs"].append(result)
+
+    def time(self, cells: Iterable[tuple[str, str]]) -> None:
+        by_setting: dict[str, list[str]] = {}
+        for key, name in cells:
+            by_setting.setdefault(key, ["ERM"]).append(name)
+        for key, names in by_setting.items() if self.options.rounds else ():
+            ratios = self._times(key, list(dict.fromkeys(names)))
+            with self._latest() as found:
+                found["times"][key] = found["times"].get(key, {}) | ratios
+
+    def values(self, key: str, name: str, column: str) -> list[float]:
+        """One a seed."""
+        return [
+            run[column]
+            for run in self.found["runs"]
+            if (run["setting"], run["row"]) == (key, name) and column in run
+        ]
+
+    def time_ratio(self, key: str, name: str) -> float | None:
+        ratios = self.found["times"].get(key, {}).get(name)
+        return statistics.median(ratios) if ratios else None
+
+    def arguments(self, key: str, name: str, seed: int) -> list[str]:
+        """What the recipe of the setting takes on its command line."""
+        setting, row = self.settings[key], self.rows[name]
+        epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
+        own = row.argv.format(epsilon=setting.epsilon)
+        words = f"{setting.argv} {epochs} --seed {seed} {own}".split()
+        return [*words, "--save_strategy", "no", "--dataset", self.options.source(setting)]
+
+    def _trainer(self, key: str, name: str, seed: int, *more: str):
+        quiet = ["--logging_strategy", "no", "--disable_tqdm", "true", "--output_dir", UNUSED]
+        argv = [*self.arguments(key, name, seed), *quiet, *more]
+        trainer, tests = build(*parse({}, {}, None, argv), self.rows[name].trainer)
+        trainer.remove_callback(PrinterCallback)
+        held_out = trainer.eval_dataset  # where a part of the training set is
+        return trainer, tests["test"] if held_out is None else held_out
+
+    def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
+        row = self.rows[name]
+        trainer, test = self._trainer(key, name, seed)
+        seconds = trainer.train().metrics["train_runtime"]
+        metrics = trainer.evaluate(test, metric_key_prefix="test")
+        script = f"recipes/train_{self.settings[key].folder}.py"
+        recipe = script if row.trainer is AMPTrainer else row.trainer.__name__
+        result = {
+            "setting": key,
+            "row": name,
+            "seed": seed,
+            "accuracy": metrics["test_accuracy"],
+            "nll": metrics["test_nll"],
+            "ece": metrics["test_ece"],
+            "seconds": seconds,
+            "command": " ".join([recipe, *self.arguments(key, name, seed)[:-2]]),
+        }
+        if row.curvature:
+            images = unaugmented(trainer.train_dataset, trainer.model)
+            surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)
+            result["eigenvalue"] = surface.top_eigenvalue().value
+        return result
+
+    def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
+        """Ratios to ERM's training time in the same round, by row."""
+        short = [
+            "--num_train_epochs",
+            "5",
+            "--max_train_samples",
+            "2000",
+            "--max_eval_samples",
+            "10",
+        ]
+        trainers = {name: self._trainer(key, name, 0, *short)[0] for name in names}
+        ratios: dict[str, list[float]] = {name: [] for name in trainers}
+        order = list(trainers)
+        rounds = range(self.options.rounds)
+        for _ in tqdm(rounds, desc=f"timing {key}", unit=" rounds", disable=None):
+            seconds = {}
+            for name in order:
+                begin = time.perf_counter()
+                trainers[name].train()
+                seconds[name] = time.perf_counter() - begin
+            order.append(order.pop(0))  # what changes within a round falls on all
+            for name, value in seconds.items():
+                ratios[name].append(self.rows[name].epochs * value / seconds["ERM"])
+        return ratios
+
+    def _read(self) -> None:
+        self.found: dict[str, Any] = {"runs": [], "times": {}}
+        if self.path.exists():
+            self.found = json.loads(self.path.read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def _latest(self) -> Iterator[dict[str, Any]]:
+        """`found`, to be changed: with what other processes have found meanwhile, and then saved.
+
+        The file holds all results at every moment, whatever interrupts the writing.
+        """
+        with FileLock(f"{self.path}.lock"):
+            self._read()
+            yield self.found
+            written = self.path.with_suffix(".tmp")
+            written.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+            os.replace(written, self.path)
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
