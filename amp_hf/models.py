@@ -5,7 +5,7 @@
     timm.create_model("preactresnet18", num_classes=10)
 
 Built of timm's own networks and layers. timm alone does not know them, so this file is saved and
-pushed with each model, and imports nothing of the rest of amp_hf. Numbers of parameters are those for
+pushed with each model, and imports nothing of the rest of amp_hf. Numbers of parameters are for
 10 classes.
 """
 

@@ -4,10 +4,10 @@
     python recipes/evidence.py --tables results    # one of: choice, results, defaults, grid
     python recipes/evidence.py --data path/to      # local copies in its folders cifar10 and gtsrb
 
-`choice` picks ε for AMP at every step on a fifth of the training set, held out; `results` compares on
-the official test sets; `defaults` looks for one setting that suits all schedules; `grid` shows how
-ε, ζ and N behave. The last epoch's model is tested. Several processes may fill the same file, with
-other `--seeds` or `--tables` each.
+`choice` picks ε for AMP at every step on a fifth of the training set, held out; `results` compares
+on the official test sets; `defaults` looks for one setting that suits all schedules; `grid` shows
+how ε, ζ and N behave, on held-out images, too. The last epoch's model is tested. Several processes
+may fill the same file, with `--seeds`, `--tables`, `--settings` or `--rows` of their own.
 """
 
 import sys
@@ -80,6 +80,13 @@ SETTINGS = {
     "cifar10 test_vit short": Setting(
         "CIFAR-10, 10,000 images, 5 epochs", CIFAR, f"{VIT} {MANY} --augment objects", 5
     ),
+    "gtsrb test_resnet tuned": Setting(
+        "GTSRB, 2,000 images, 20 epochs from a trained model",
+        GTSRB,
+        f"{FEW} --image_size 32 --learning_rate 0.01",
+        20,
+        base="gtsrb test_resnet short",
+    ),
     "digits test_resnet short": Setting(
         "digits, 1,000 images, 3 epochs", DIGITS, f"{SMALL} {DIGITS_ARGV}", 3
     ),
@@ -100,16 +107,27 @@ ROWS = {
     "budget 1.15": Row(_BUDGET),
     "budget 1.15, relative ε 0.05": Row(f"{_BUDGET} --ball relative --epsilon 0.05"),
     "budget 1.15, ε follows the learning rate": Row(_BUDGET, trainer=RateFollowingRadius),
-    "held out, ε 0.02": Row(f"{_HELD_OUT} --epsilon 0.02"),
-    "held out, ε 0.05": Row(f"{_HELD_OUT} --epsilon 0.05"),
-    "held out, ε 0.1": Row(f"{_HELD_OUT} --epsilon 0.1"),
-    "held out, ε 0.2": Row(f"{_HELD_OUT} --epsilon 0.2"),
-    "held out, ε 0.4": Row(f"{_HELD_OUT} --epsilon 0.4"),
+    "held out, ERM": Row("--validation_fraction 0.2 --epsilon 0"),
 }
+for epsilon in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8):
+    ROWS[f"held out, ε {epsilon}"] = Row(f"{_HELD_OUT} --epsilon {epsilon}")
+for epsilon in (0.1, 0.2, 0.4):
+    name = f"held out, ε {epsilon}, N 2"
+    ROWS[name] = Row(f"{_HELD_OUT} --epsilon {epsilon} --inner_steps 2")
+for rate in (0.01, 0.03, 0.1):
+    name = f"held out, ε 0.2, ζ {rate}"
+    ROWS[name] = Row(f"{_HELD_OUT} --epsilon 0.2 --inner_lr {rate}")
 RESULTS = ("ERM", "AMP", "budget 1.15, below 0.1", "ERM, 2 × the epochs")
 DEFAULTS = tuple(name for name in ROWS if name.startswith(("last", "budget")))
-COMPARED = [key for key in SETTINGS if not key.startswith("digits") and not key.endswith("short")]
-SEARCHED = [key for key in SETTINGS if not key.endswith("resnet18")]
+COMPARED = [
+    key for key in SETTINGS if not key.startswith("digits") and not key.endswith(("short", "tuned"))
+]
+SEARCHED = [key for key in SETTINGS if not key.endswith(("resnet18", "tuned"))]
+GRID = {
+    "gtsrb test_resnet short": "a short schedule",
+    "gtsrb test_resnet": "a long one",
+    "gtsrb test_resnet tuned": "fine-tuning",
+}
 _TRIED = {"test_resnet": (0.1, 0.2, 0.4), "test_vit": (0.02, 0.05, 0.1), "resnet18": (0.1, 0.2)}
 
 # Of each table, its settings and rows.
@@ -119,6 +137,12 @@ TABLES = {
     ],
     "results": [(key, row) for row in RESULTS for key in COMPARED],
     "defaults": [(key, row) for row in ("ERM", *DEFAULTS) for key in SEARCHED],
+    "grid": [
+        (key, row)
+        for row in ROWS
+        if row.startswith("held out") and "0.02" not in row
+        for key in GRID
+    ],
 }
 
 

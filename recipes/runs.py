@@ -1,4 +1,4 @@
-"""What the scripts share that run the recipes many times: results by setting, row and seed, in a file.
+"""What the scripts share that run the recipes many times: results by setting, row and seed.
 
 A run that the file holds is not repeated, so a script that was stopped goes on where it was.
 """
@@ -24,6 +24,7 @@ from amp_hf.evidence import unaugmented
 from amp_hf.flatness import LossSurface
 from amp_hf.image_classification import build, parse
 
+BASES = Path(tempfile.gettempdir(), "amp_hf_bases")
 UNUSED = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
 DIGITS = "digits"  # scikit-learn's
 CURVATURE_SAMPLES = 250
@@ -37,6 +38,7 @@ class Setting:
         dataset: Hub id, or `DIGITS`.
         argv: the recipe's arguments.
         epsilon: what stands for {epsilon} in a row's arguments.
+        base: the setting whose ERM model training begins with, instead of a new one.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Setting:
     argv: str
     epochs: int
     epsilon: float | None = None
+    base: str | None = None
 
     @property
     def folder(self) -> str:
@@ -163,6 +166,8 @@ class Runs:
         epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
         own = row.argv.format(epsilon=setting.epsilon)
         words = f"{setting.argv} {epochs} --seed {seed} {own}".split()
+        if setting.base is not None:
+            words += ["--model", str(BASES / setting.base)]
         return [*words, "--save_strategy", "no", "--dataset", self.options.source(setting)]
 
     def _trainer(self, key: str, name: str, seed: int, *more: str):
@@ -174,12 +179,14 @@ class Runs:
         return trainer, tests["test"] if held_out is None else held_out
 
     def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
-        row = self.rows[name]
+        row, base = self.rows[name], self.settings[key].base
+        if base is not None and not (BASES / base).exists():
+            trainer = self._trainer(base, "ERM", 0)[0]
+            trainer.train()
+            trainer.save_model(str(BASES / base))
         trainer, test = self._trainer(key, name, seed)
         seconds = trainer.train().metrics["train_runtime"]
         metrics = trainer.evaluate(test, metric_key_prefix="test")
-        script = f"recipes/train_{self.settings[key].folder}.py"
-        recipe = script if row.trainer is AMPTrainer else row.trainer.__name__
         result = {
             "setting": key,
             "row": name,
@@ -188,13 +195,23 @@ class Runs:
             "nll": metrics["test_nll"],
             "ece": metrics["test_ece"],
             "seconds": seconds,
-            "command": " ".join([recipe, *self.arguments(key, name, seed)[:-2]]),
+            "command": self._command(key, name, seed),
         }
         if row.curvature:
             images = unaugmented(trainer.train_dataset, trainer.model)
             surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)
             result["eigenvalue"] = surface.top_eigenvalue().value
         return result
+
+    def _command(self, key: str, name: str, seed: int) -> str:
+        """As a user would type it, where the data sets come from the Hub."""
+        setting, trainer = self.settings[key], self.rows[name].trainer
+        recipe = "gtsrb" if setting.folder == "gtsrb" else "cifar10"
+        script = f"recipes/train_{recipe}.py" if trainer is AMPTrainer else trainer.__name__
+        words = [script, *self.arguments(key, name, seed)[:-2]]
+        if setting.dataset == DIGITS:
+            words += ["--dataset", DIGITS]
+        return " ".join(words).replace(f"{BASES}/", "")
 
     def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
         """Ratios to ERM's training time in the same round, by row."""

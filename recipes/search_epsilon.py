@@ -1,0 +1,84 @@
+"""Searches for ε with Optuna, by the likelihood of a fifth of the training set, held out.
+
+    python recipes/search_epsilon.py --model resnet18 --from_scratch --ascent_start 0 --trials 12
+    python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
+
+Further arguments are those of train_cifar10.py. Every trial trains from the same initial weights on
+the same images; the test set is not looked at. Prints the command that trains with what was found.
+"""
+
+import copy
+import shlex
+import sys
+from dataclasses import dataclass, field
+
+import optuna
+from transformers import HfArgumentParser, PrinterCallback
+
+from amp_hf.image_arguments import parse
+from amp_hf.image_classification import build
+
+
+@dataclass
+class SearchArguments:
+    trials: int = field(default=12, metadata={"help": "Trainings."})
+    lowest: float = field(default=0.02, metadata={"help": "The smallest ε that is tried."})
+    highest: float = field(default=1.0, metadata={"help": "The largest ε that is tried."})
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ValueError(f"--trials must be at least 1, got {self.trials}.")
+        if not 0 < self.lowest < self.highest:
+            raise ValueError(
+                f"--lowest must be above 0 and below --highest, got {self.lowest}, {self.highest}."
+            )
+
+
+DEFAULTS = dict(
+    output_dir="outputs/search",
+    validation_fraction=0.2,
+    save_strategy="no",
+    logging_strategy="no",
+)
+
+
+def main() -> None:
+    try:
+        parser = HfArgumentParser(SearchArguments, description=__doc__)
+        search, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        images, args, amp_config = parse(DEFAULTS, {}, None, rest)
+        if not images.validation_fraction:
+            raise ValueError("--validation_fraction must be above 0: a search needs images for it.")
+        trainer, _ = build(images, args, amp_config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"search_epsilon.py: error: {error}")
+    trainer.remove_callback(PrinterCallback)
+    initial = copy.deepcopy(trainer.model)
+    trainer.model_init = lambda trial: copy.deepcopy(initial)
+
+    def space(trial: optuna.Trial) -> dict[str, float]:
+        return {"epsilon": trial.suggest_float("epsilon", search.lowest, search.highest, log=True)}
+
+    def objective(metrics: dict[str, float]) -> float:
+        print(
+            f"epsilon {trainer.amp_config.epsilon:.4f}: held-out accuracy "
+            f"{metrics['eval_accuracy']:.4f}, NLL {metrics['eval_nll']:.4f}"
+        )
+        return metrics["eval_nll"]
+
+    best = trainer.hyperparameter_search(
+        space,
+        objective,
+        n_trials=search.trials,
+        direction="minimize",
+        backend="optuna",
+        sampler=optuna.samplers.TPESampler(seed=args.seed),
+    )
+    if best is not None:  # the main process
+        found = f"{best.hyperparameters['epsilon']:.4f}"
+        command = shlex.join(["python", "recipes/train_cifar10.py", *rest, "--epsilon", found])
+        print(f"\nBest: epsilon {found} (held-out NLL {best.objective:.4f})\n\n    {command}")
+
+
+if __name__ == "__main__":
+    main()
