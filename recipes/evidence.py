@@ -10,6 +10,7 @@ how ε, ζ and N behave, on held-out images, too. The last epoch's model is test
 may fill the same file, with `--seeds`, `--tables`, `--settings` or `--rows` of their own.
 """
 
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("agg")
-from runs import DIGITS, Row, RunArguments, Runs, Setting
+import matplotlib.pyplot as plt
+from runs import DIGITS, Row, RunArguments, Runs, Setting, mean_and_spread
 from transformers import HfArgumentParser
 from variants import RateFollowingRadius
 
@@ -34,30 +36,27 @@ DIGITS_ARGV = "--augment none --per_device_train_batch_size 32"
 
 SETTINGS = {
     "gtsrb test_resnet": Setting(
-        "GTSRB, 2,000 images, 60 epochs", GTSRB, f"{SMALL} {FEW}", 60, epsilon=0.2
+        "GTSRB, 2,000 images, 60 epochs", GTSRB, f"{SMALL} {FEW}", 60, epsilon=0.4
     ),
     "cifar10 test_resnet": Setting(
         "CIFAR-10, 2,000 images, 60 epochs",
         CIFAR,
         f"{SMALL} --max_train_samples 2000 --augment objects",
         60,
-        epsilon=0.4,
+        epsilon=0.1,
     ),
     "gtsrb test_vit": Setting(
         "GTSRB, 1,000 images, 120 epochs",
         GTSRB,
         f"{VIT} --max_train_samples 1000 --augment none",
         120,
-        epsilon=0.05,
+        epsilon=0.02,
     ),
     "cifar10 test_vit": Setting(
         "CIFAR-10, 2,000 images, 60 epochs", CIFAR, f"{VIT} {FEW}", 60, epsilon=0.05
     ),
     "gtsrb resnet18": Setting(
         "GTSRB, 2,000 images, 25 epochs", GTSRB, f"{LARGE} {FEW}", 25, epsilon=0.1
-    ),
-    "cifar10 resnet18": Setting(
-        "CIFAR-10, 2,000 images, 25 epochs", CIFAR, f"{LARGE} {FEW}", 25, epsilon=0.1
     ),
     "digits test_resnet": Setting(
         "digits, 200 images, 60 epochs",
@@ -128,12 +127,12 @@ GRID = {
     "gtsrb test_resnet": "a long one",
     "gtsrb test_resnet tuned": "fine-tuning",
 }
-_TRIED = {"test_resnet": (0.1, 0.2, 0.4), "test_vit": (0.02, 0.05, 0.1), "resnet18": (0.1, 0.2)}
+TRIED = {"test_resnet": (0.1, 0.2, 0.4), "test_vit": (0.02, 0.05, 0.1), "resnet18": (0.1, 0.2)}
 
 # Of each table, its settings and rows.
 TABLES = {
     "choice": [
-        (key, f"held out, ε {epsilon}") for key in COMPARED for epsilon in _TRIED[key.split()[1]]
+        (key, f"held out, ε {epsilon}") for key in COMPARED for epsilon in TRIED[key.split()[1]]
     ],
     "results": [(key, row) for row in RESULTS for key in COMPARED],
     "defaults": [(key, row) for row in ("ERM", *DEFAULTS) for key in SEARCHED],
@@ -144,6 +143,117 @@ TABLES = {
         for key in GRID
     ],
 }
+
+
+def results_table(runs: Runs) -> str:
+    """Mean ± standard deviation over seeds."""
+    lines = [
+        "| | time | accuracy, % | NLL | ECE | largest eigenvalue | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key in COMPARED:
+        if not runs.values(key, "ERM", "accuracy"):
+            continue
+        setting = SETTINGS[key]
+        lines.append(f"| **{key.split()[1]}: {setting.title}** | | | | | | |")
+        for name in RESULTS:
+            if accuracies := runs.values(key, name, "accuracy"):
+                ratio = runs.time_ratio(key, name)
+                cells = [
+                    f"{name}, ε {setting.epsilon:g}" if name == "AMP" else name,
+                    f"{ratio:.2f}" if ratio else "",
+                    mean_and_spread([100 * accuracy for accuracy in accuracies], 2),
+                    mean_and_spread(runs.values(key, name, "nll"), 3),
+                    mean_and_spread(runs.values(key, name, "ece"), 3),
+                    mean_and_spread(runs.values(key, name, "eigenvalue"), 1),
+                    str(len(accuracies)),
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def choice_table(runs: Runs) -> str:
+    """Accuracy and NLL on held-out images, by ε."""
+    values = sorted({epsilon for tried in TRIED.values() for epsilon in tried})
+    lines = [
+        f"| | {' | '.join(f'ε {epsilon:g}' for epsilon in values)} |",
+        "|---" * (1 + len(values)) + "|",
+    ]
+    for key in COMPARED:
+        cells = []
+        for epsilon in values:
+            name = f"held out, ε {epsilon}"
+            found = [
+                (100 * accuracy, nll)
+                for accuracy, nll in zip(
+                    runs.values(key, name, "accuracy"), runs.values(key, name, "nll")
+                )
+            ]
+            text = f"{found[0][0]:.1f}, {found[0][1]:.3f}" if found else ""
+            cells.append(f"**{text}**" if found and epsilon == SETTINGS[key].epsilon else text)
+        network, title = key.split()[1], SETTINGS[key].title
+        lines.append(f"| {network}: {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def defaults_table(runs: Runs) -> str:
+    """Differences to ERM of the same seed, mean ± standard deviation: points, NLL and ECE."""
+    lines = [f"| | ERM | {' | '.join(DEFAULTS)} |", "|---" * (2 + len(DEFAULTS)) + "|"]
+    columns = (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3))
+    for key in SEARCHED:
+        cells = []
+        for name in ("ERM", *DEFAULTS):
+            parts = []
+            for column, scale, digits in columns:
+                values = runs.by_seed(key, name, column)
+                if name != "ERM":
+                    erm = runs.by_seed(key, "ERM", column)
+                    values = {seed: values[seed] - erm[seed] for seed in values if seed in erm}
+                if values:
+                    scaled = [scale * value for value in values.values()]
+                    text = mean_and_spread(scaled, digits)
+                    parts.append(text if name == "ERM" or text[0] == "-" else f"+{text}")
+            n = len(runs.by_seed(key, name, "nll"))
+            text = "<br>".join(parts).replace("-", "−")
+            cells.append(f"{text}<br>n = {n}" if n == 1 else text)
+        lines.append(f"| {key.split()[1]}: {SETTINGS[key].title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_grid(runs: Runs, path: Path) -> None:
+    """Held-out accuracy and NLL against ε, for N = 1 and 2, and at one ε for smaller ζ."""
+    series = {
+        "N = 1, ζ = 1": dict(color="#D55E00", marker="o"),
+        "N = 2": dict(color="#0072B2", marker="s"),
+        "ζ = 0.1, 0.03, 0.01": dict(color="#009E73", marker="^", linestyle="none"),
+    }
+    figure, axes = plt.subplots(2, len(GRID), figsize=(12, 6.5), layout="constrained", sharex=True)
+    rows = (("accuracy", "accuracy, %", 100), ("nll", "NLL, nats", 1))
+    for column, (key, title) in enumerate(GRID.items()):
+        axes[0, column].set_title(f"{title}: {SETTINGS[key].title}", fontsize=9)
+        for axis, (name, label, scale) in zip(axes[:, column], rows):
+            for text, style in series.items():
+                points = {}
+                for row in TABLES["grid"]:
+                    found = [scale * value for value in runs.values(key, row[1], name)]
+                    kind = "ζ" if "ζ" in row[1] else "N = 2" if "N 2" in row[1] else "N = 1"
+                    if row[0] == key and found and "ε" in row[1] and text.startswith(kind):
+                        epsilon = float(row[1].split("ε ")[1].split(",")[0])
+                        points.setdefault(epsilon, []).append(statistics.mean(found))
+                xy = sorted((epsilon, y) for epsilon, ys in points.items() for y in ys)
+                if xy:
+                    axis.plot(*zip(*xy), label=text, **style)
+            if erm := runs.values(key, "held out, ERM", name):
+                mean = scale * statistics.mean(erm)
+                axis.axhline(mean, color="black", linestyle="--", label="ERM")
+            axis.set_xscale("log")
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(label)
+        axes[1, column].set_xlabel("ε")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 @dataclass
@@ -175,6 +285,9 @@ def main() -> None:
             runs.time(cells)
     except ValueError as error:
         sys.exit(f"evidence.py: error: {error}")
+    for table in (choice_table, results_table, defaults_table):
+        print(f"\n{table(runs)}")
+    draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))
     print(f"\nSaved {runs.path}")
 
 

@@ -148,13 +148,16 @@ class Runs:
             with self._latest() as found:
                 found["times"][key] = found["times"].get(key, {}) | ratios
 
-    def values(self, key: str, name: str, column: str) -> list[float]:
-        """One a seed."""
-        return [
-            run[column]
+    def by_seed(self, key: str, name: str, column: str) -> dict[int, float]:
+        return {
+            run["seed"]: run[column]
             for run in self.found["runs"]
             if (run["setting"], run["row"]) == (key, name) and column in run
-        ]
+        }
+
+    def values(self, key: str, name: str, column: str) -> list[float]:
+        """One a seed."""
+        return list(self.by_seed(key, name, column).values())
 
     def time_ratio(self, key: str, name: str) -> float | None:
         ratios = self.found["times"].get(key, {}).get(name)

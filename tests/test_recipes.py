@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,10 @@ from amp_hf.image_classification import ImageArguments, main, parse
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.append(str(RECIPES))
 import benchmark_step  # noqa: E402
+import evidence  # noqa: E402
 import frontier  # noqa: E402
+import runs  # noqa: E402
+import search_epsilon  # noqa: E402
 import train_digits  # noqa: E402
 
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
@@ -410,12 +414,25 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
             "--settings knows cifar10, gtsrb, gtsrb_short, not 'mnist'.",
         ),
         (frontier, ["--data", "no/such"], "Pass --data a folder of local copies"),
+        (evidence, ["--tables", "grids"], "--tables knows choice, results, defaults, grid, not"),
+        (evidence, ["--data", "no/such"], "Pass --data a folder of local copies"),
+        (search_epsilon, ["--trials=0"], "--trials must be at least 1, got 0."),
+        (
+            search_epsilon,
+            ["--lowest=2"],
+            "above 0 and below --highest, got 2.0, 1.0",
+        ),
+        (search_epsilon, ["--validation_fraction=0"], "--validation_fraction must be above 0: "),
+        (search_epsilon, ["--model=resnet8", "--dataset", "{data}"], "did you mean resnet18"),
         (train_digits, ["--budget=0"], "takes a finite number > 1"),
     ],
 )
-def test_bad_input_to_the_measuring_recipes_ends_with_one_line(monkeypatch, recipe, words, said):
+def test_bad_input_to_the_measuring_recipes_ends_with_one_line(
+    tmp_path, monkeypatch, data, recipe, words, said
+):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
-        main_of(recipe, monkeypatch, *words)
+        main_of(recipe, monkeypatch, *(word.format(data=data) for word in words))
     (line,) = str(exit.value.code).splitlines()  # printed by Python, which then exits with 1
     assert line.startswith(f"{recipe.__name__}.py: error: ") and said in line
 
@@ -452,6 +469,78 @@ def test_the_tables_of_the_frontier_are_those_of_its_results():
     text = (RECIPES / "README.md").read_text()
     for key in frontier.SETTINGS:
         assert frontier.table(runs, key) in text
+
+
+def test_the_evidence_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
+    """Of a network from scratch and of one that was trained here, one seed and then another."""
+    parquet_folder(tmp_path / "gtsrb", train=48, test=40)
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.setattr(runs, "BASES", tmp_path / "bases")
+    for key in evidence.GRID:
+        setting = dataclasses.replace(evidence.SETTINGS[key], epochs=1)
+        monkeypatch.setitem(evidence.SETTINGS, key, setting)
+    words = ["--data", tmp_path, "--output", tmp_path / "evidence.json", "--rounds=0"]
+    words += ["--rows", "ERM", "budget 1.15, below 0.1", "held out, ERM", "held out, ε 0.4"]
+    words += ["--settings", *evidence.GRID]
+    main_of(evidence, monkeypatch, *words, "--seeds=0", "--tables", "choice", "grid")
+    first = json.loads((tmp_path / "evidence.json").read_text())["runs"]
+    assert len(first) == 6
+    assert all("eigenvalue" not in run for run in first)
+    (base,) = (tmp_path / "bases").iterdir()
+    tuned = [run for run in first if run["setting"].endswith("tuned")]
+    assert f"--model {base.name}" in tuned[0]["command"]
+    assert tuned[0]["nll"] != first[0]["nll"]
+    main_of(evidence, monkeypatch, *words, "--seeds", 0, 1)
+    found = json.loads((tmp_path / "evidence.json").read_text())["runs"]
+    assert found[:6] == first  # with their seconds
+    done = [(run["setting"], run["row"], run["seed"]) for run in found]
+    assert len(done) == len(set(done)) == 2 * 6 + 2 * 4
+    assert all(run["eigenvalue"] for run in found if not run["row"].startswith("held out"))
+    out = capsys.readouterr().out
+    key = "gtsrb test_resnet"
+    erm, budget = (
+        [run["nll"] for run in found if (run["setting"], run["row"]) == (key, row)]
+        for row in ("ERM", "budget 1.15, below 0.1")
+    )
+    assert f"| {sum(erm) / 2:.3f} ± " in out
+    gains = [b - a for a, b in zip(erm, budget)]
+    assert f"<br>{sum(gains) / 2:+.3f} ± ".replace("-", "−") in out
+    assert (tmp_path / "evidence_grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_the_evidence_are_those_of_its_results():
+    found = evidence.Runs(
+        evidence.SETTINGS,
+        evidence.ROWS,
+        evidence.EvidenceArguments(),
+        RECIPES / "evidence.json",
+    )
+    text = (RECIPES / "README.md").read_text()
+    for table in (evidence.choice_table, evidence.results_table, evidence.defaults_table):
+        assert table(found) in text
+    for key in evidence.COMPARED:
+        accuracy = {
+            epsilon: found.values(key, f"held out, ε {epsilon}", "accuracy")[0]
+            for epsilon in evidence.TRIED[key.split()[1]]
+        }
+        assert evidence.SETTINGS[key].epsilon == max(accuracy, key=accuracy.get)
+
+
+def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_with_it(
+    tmp_path, data, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL.split(), "--dataset", data, "--ascent_start=0", "--num_train_epochs=1"]
+    main_of(search_epsilon, monkeypatch, "--trials=3", *words)
+    out = capsys.readouterr().out
+    tried = re.findall(r"epsilon ([\d.]+): held-out accuracy [\d.]+, NLL ([\d.]+)", out)
+    best, loss = re.search(r"Best: epsilon ([\d.]+) \(held-out NLL ([\d.]+)\)", out).groups()
+    assert len(tried) == 3
+    assert (best, loss) == min(tried, key=lambda trial: float(trial[1]))
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["python", "recipes/train_cifar10.py"]
+    run(RECIPES / "train_cifar10.py", *command[2:], "--output_dir=out")
+    assert AMPConfig.from_json_file("out/amp_config.json").epsilon == float(best)
 
 
 @pytest.mark.distributed
