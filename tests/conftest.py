@@ -11,6 +11,15 @@ import torch
 torch.set_num_threads(1)  # small tensors: threads would only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs on two processes, a file on one, where pytest-xdist is installed."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = 2
+        config.option.dist = "loadfile"
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -71,7 +71,7 @@ def test_a_perturbed_step_waits_for_the_device_no_more_often_than_its_passes_do(
             trainer.train()
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
-    config = always(ascent_every=2 if reuse else 1, ascent_reuse=reuse)
+    config = always(ascent_every=2 if reuse else 1, ascent_reuse=reuse, ascent_below=5.0)
     assert waits(AMPTrainer, config=config) <= 2 * waits(Trainer)
 
 
