@@ -125,8 +125,10 @@ class AMPConfig:
         its radius is larger than that of AMP at every step: 0.7, chosen on validation splits, for
         networks from scratch.
 
-        For schedules on which the stock Trainer overfits, and no others: on a short one the model
-        ends far worse. recipes/README.md has the measurements.
+        It waits for the model to learn its data (`ascent_below` is 0.5, in nats for cross entropy):
+        on a schedule too short for that, training stays what it was, but for the time. Label
+        smoothing keeps a loss up: raise `ascent_below` by its floor. recipes/README.md has the
+        measurements, also of where it loses.
 
         Args:
             budget: > 1. Counted in passes: moving the parameters comes on top (there, too), and
@@ -144,7 +146,13 @@ class AMPConfig:
         # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
         every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)))
         start = max(0.0, round(1 - every * spare, 6))
-        return cls(epsilon=0.7, ascent_start=start, ascent_every=every, ascent_reuse=True)
+        return cls(
+            epsilon=0.7,
+            ascent_start=start,
+            ascent_every=every,
+            ascent_reuse=True,
+            ascent_below=0.5,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -71,8 +71,7 @@ class ImageArguments:
         default=None,
         metadata={
             "help": "How many times the stock Trainer's training time may be spent, > 1: the "
-            "settings of AMPConfig.for_budget, for schedules on which the model overfits. Further "
-            "arguments override them."
+            "settings of AMPConfig.for_budget. Further arguments override them."
         },
     )
 

@@ -50,6 +50,9 @@ FAMILIES = {
     "ERM": dict(color="#000000", marker="o", linestyle="--"),
     "AMP, every step": dict(color="#D55E00", marker="s", linestyle="none"),
     "AMP for a budget": dict(color="#0072B2", marker="D", linestyle="-"),
+    "AMP for a budget, at any loss": dict(
+        color="#0072B2", marker="D", linestyle=":", markerfacecolor="white"
+    ),
     "AMP, last 60 %": dict(color="#F0E442", marker="<", linestyle="none", markeredgecolor="black"),
     "AMP, last 15 %": dict(color="#009E73", marker="^", linestyle="none"),
     "AMP, reused from the start": dict(color="#56B4E9", marker="X", linestyle="none"),
@@ -57,6 +60,7 @@ FAMILIES = {
     "AMP, 1/4 of the batch": dict(color="#E69F00", marker="P", linestyle="none"),
 }
 _ALWAYS = "--ascent_start 0"
+_LATE = "--ascent_start 0.4 --ascent_reuse true --ascent_every"
 ROWS = {
     "ERM": Row("--epsilon 0", "ERM"),
     "ERM, 1.15 × the epochs": Row("--epsilon 0", "ERM", epochs=1.15),
@@ -68,10 +72,13 @@ ROWS = {
     "budget 1.1": Row("--budget 1.1", "AMP for a budget"),
     "budget 1.15": Row("--budget 1.15", "AMP for a budget"),
     "budget 1.3": Row("--budget 1.3", "AMP for a budget"),
+    "budget 1.1, at any loss": Row(f"{_LATE} 6 --epsilon 0.7", "AMP for a budget, at any loss"),
+    "budget 1.15, at any loss": Row(f"{_LATE} 4 --epsilon 0.7", "AMP for a budget, at any loss"),
+    "budget 1.3, at any loss": Row(f"{_LATE} 2 --epsilon 0.7", "AMP for a budget, at any loss"),
     "last 15 % (the default)": Row("", "AMP, last 15 %"),
-    "budget 1.15, ε 0.1": Row("--budget 1.15 --epsilon 0.1"),
-    "budget 1.15, ε 0.2": Row("--budget 1.15 --epsilon 0.2"),
-    "budget 1.15, ε 0.3": Row("--budget 1.15 --epsilon 0.3"),
+    "budget 1.15, at any loss, ε 0.1": Row(f"{_LATE} 4 --epsilon 0.1"),
+    "budget 1.15, at any loss, ε 0.2": Row(f"{_LATE} 4 --epsilon 0.2"),
+    "budget 1.15, at any loss, ε 0.3": Row(f"{_LATE} 4 --epsilon 0.3"),
     "every 7th step, ε 0.1": Row(f"{_ALWAYS} --ascent_every 7"),
     "every 7th step, ε 0.2": Row(f"{_ALWAYS} --epsilon 0.2 --ascent_every 7", "AMP, plain between"),
     "every 7th step, reused, ε 0.2": Row(
@@ -90,6 +97,7 @@ ROWS = {
 
 @dataclass
 class FrontierArguments(RunArguments):
+    seeds: list[int] = field(default_factory=lambda: [10, 11, 12])
     settings: list[str] = field(default_factory=lambda: list(SETTINGS))
     rows: list[str] = field(default_factory=lambda: list(ROWS))
 
@@ -165,7 +173,7 @@ def main() -> None:
         ).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
         cells = [(key, row) for row in options.rows for key in options.settings]
-        runs.fill(cells)
+        runs.fill(cells, options.seeds)
         runs.time(cells)
     except ValueError as error:
         sys.exit(f"frontier.py: error: {error}")

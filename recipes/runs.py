@@ -72,7 +72,6 @@ class Row:
 
 @dataclass
 class RunArguments:
-    seeds: list[int] = field(default_factory=lambda: [10, 11, 12])
     rounds: int = field(default=9, metadata={"help": "Of the timing; 0 leaves it out."})
     data: str | None = field(
         default=None, metadata={"help": "Folder of local copies; else they come from the Hub."}
@@ -129,15 +128,15 @@ class Runs:
         self.path = Path(options.output) if options.output else path
         self._read()
 
-    def fill(self, cells: Iterable[tuple[str, str]]) -> None:
+    def fill(self, cells: Iterable[tuple[str, str]], seeds: Iterable[int]) -> None:
         """Runs what is not there yet of these settings and rows."""
-        done = {(run["setting"], run["row"], run["seed"]) for run in self.found["runs"]}
-        wanted = [(*cell, seed) for seed in self.options.seeds for cell in cells]
-        wanted = [run for run in wanted if run not in done]
+        wanted = [(key, row, seed) for seed in seeds for key, row in cells]
         for key, row, seed in tqdm(wanted, unit=" runs", disable=None):
-            result = self._run(key, row, seed)
-            with self._latest() as found:
-                found["runs"].append(result)
+            self._read()  # others may fill it, too
+            if seed not in self.by_seed(key, row, "nll"):
+                result = self._run(key, row, seed)
+                with self._latest() as found:
+                    found["runs"].append(result)
 
     def time(self, cells: Iterable[tuple[str, str]]) -> None:
         by_setting: dict[str, list[str]] = {}

@@ -219,7 +219,7 @@ def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path
     argv = ["--output_dir", str(tmp_path), "--budget=1.15"]
     assert parse({}, {}, None, argv)[2] == AMPConfig.for_budget(1.15)
     overridden = parse({}, {}, None, [*argv, "--epsilon=0.1", "--ascent_reuse=false"])[2]
-    assert overridden == AMPConfig(epsilon=0.1, ascent_start=0.4, ascent_every=4)
+    assert overridden == AMPConfig(epsilon=0.1, ascent_start=0.4, ascent_every=4, ascent_below=0.5)
 
 
 BAD = {
@@ -414,7 +414,11 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
             "--settings knows cifar10, gtsrb, gtsrb_short, not 'mnist'.",
         ),
         (frontier, ["--data", "no/such"], "Pass --data a folder of local copies"),
-        (evidence, ["--tables", "grids"], "--tables knows choice, results, defaults, grid, not"),
+        (
+            evidence,
+            ["--tables", "grids"],
+            "--tables knows choice, results, defaults, sketches, grid",
+        ),
         (evidence, ["--data", "no/such"], "Pass --data a folder of local copies"),
         (search_epsilon, ["--trials=0"], "--trials must be at least 1, got 0."),
         (
