@@ -6,8 +6,8 @@
 
 `choice` picks ε for AMP at every step on a fifth of the training set, held out; `results` compares
 on the official test sets; `defaults` looks for one setting that suits all schedules; `sketches`
-shows others, that soon proved not to, with one seed; `grid` shows how ε, ζ and N behave, on held-out
-images, too. The last epoch's model is tested. Several processes may fill the same file, with
+shows others, that soon proved not to, with one seed; `grid` shows how ε, ζ and N behave, on
+held-out images, too. The last epoch's model is tested. Several processes may fill the same file, with
 `--seeds`, `--tables`, `--settings` or `--rows` of their own.
 """
 
