@@ -4,11 +4,11 @@
     python recipes/evidence.py --tables results    # one of: choice, results, defaults, grid
     python recipes/evidence.py --data path/to      # local copies in its folders cifar10 and gtsrb
 
-`choice` picks ε for AMP at every step on a fifth of the training set, held out; `results` compares
-on the official test sets; `defaults` looks for one setting that suits all schedules; `sketches`
-shows others, that soon proved not to, with one seed; `grid` shows how ε, ζ and N behave, on
-held-out images, too. The last epoch's model is tested. Several processes may fill the same file, with
-`--seeds`, `--tables`, `--settings` or `--rows` of their own.
+`choice` picks ε for AMP at every step on a fifth of the training set, held out; `results`
+compares on the official test sets; `defaults` looks for one setting that suits all schedules;
+`sketches` shows others, that soon proved not to, with one seed; `grid` shows how ε, ζ and N
+behave, on held-out images, too. The last epoch's model is tested. Several processes may fill the
+same file, with `--seeds`, `--tables`, `--settings` or `--rows` of their own.
 """
 
 import statistics
