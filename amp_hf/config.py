@@ -94,7 +94,7 @@ class AMPConfig:
         default=None,
         metadata={
             "help": "Perturb what has been learnt: the radius grows from 0 at a loss of this, > 0, "
-            "to epsilon at a loss of 0. Default: it is epsilon at any loss."
+            "to epsilon at a loss of 0. Default, and inf: it is epsilon at any loss."
         },
     )
 
@@ -110,6 +110,8 @@ class AMPConfig:
         self._check_choice("norm_stats", get_args(NormStats))
         if not isinstance(self.ascent_reuse, bool):
             raise self._refuse("ascent_reuse", "True or False")
+        if self.ascent_below == math.inf:  # as a command line can say it
+            object.__setattr__(self, "ascent_below", None)
         if self.ascent_below is not None:
             self._check_real("ascent_below", "None or a finite number > 0", lambda x: x > 0)
         self._check_perturb()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -107,10 +108,12 @@ class HubMixin(_Parent):
                 evidence = replace(evidence, dataset=dataset)
             write(path, self._training(**known), evidence)
 
-    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for code in Path(checkpoint_folder).glob("*.py"):  # the parent knows weights only
+                shutil.copy(code, str(self.args.output_dir))
             self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
-        super()._push_from_checkpoint(*args, **kwargs)
+        super()._push_from_checkpoint(checkpoint_folder)
         current = self.push_in_progress
         self._pushes += [job for job in current.jobs if job not in self._pushes] if current else []
         self._report_failed_pushes()

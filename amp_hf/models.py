@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Networks for images of 32 pixels, registered with timm: the AMP paper's, and small-image ResNets.
 
     import amp_hf.models, timm
@@ -11,13 +12,19 @@ pushed with each model, and imports nothing of the rest of amp_hf. Numbers of pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import transformers
 from timm.layers import BatchNormAct2d, ClassifierHead, create_conv2d
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+)
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 from timm.models.vgg import VGG, ConvMlp, cfgs
@@ -46,6 +53,15 @@ class TimmWrapperForImageClassification(transformers.TimmWrapperForImageClassifi
     goes by names when it chooses a model's loss, its task on the Hub and its pipelines.
     """
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        # The file that is saved is that of the class, which FSDP2 replaces by one of torch's.
+        sharded = self.__class__
+        self.__class__ = TimmWrapperForImageClassification
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = sharded
+
 
 TimmWrapperForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
@@ -68,7 +84,7 @@ class PreActResNet(ResNetV2):
         )
         width = self.feature_info[0]["num_chs"]
         self.stem = nn.Sequential()
-        self.stem.add_module("conv", create_conv2d(self.in_chans, width, 3))
+        self.stem.add_module("conv", create_conv2d(self.in_chans, width, 3, **_placed(kwargs)))
         self.init_weights(zero_init_last=False)
         _keep_size(self)
 
@@ -78,7 +94,8 @@ class SmallResNet(ResNet):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        stem: Any = create_conv2d(self.in_chans, self.feature_info[0]["num_chs"], 3)
+        width = self.feature_info[0]["num_chs"]
+        stem: Any = create_conv2d(self.in_chans, width, 3, **_placed(kwargs))
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.conv1 = stem
         self.add_module("maxpool", nn.Identity())
@@ -91,7 +108,9 @@ class SmallVGG(VGG):
     def __init__(self, cfg: list[int | str], **kwargs: Any) -> None:
         # A head for 7x7 maps is made and dropped; this ratio keeps it small.
         super().__init__(cfg, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, **kwargs)
-        self.pre_logits = ConvMlp(self.num_features, kernel_size=1, drop_rate=self.drop_rate)
+        self.pre_logits = ConvMlp(
+            self.num_features, kernel_size=1, drop_rate=self.drop_rate, **_placed(kwargs)
+        )
         self._initialize_weights()
 
 
@@ -103,16 +122,16 @@ class PyramidBottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_chs: int, width: int, stride: int) -> None:
+    def __init__(self, in_chs: int, width: int, stride: int, **placed: Any) -> None:
         super().__init__()
         out_chs = width * self.expansion
-        self.norm1 = nn.BatchNorm2d(in_chs)
-        self.conv1 = create_conv2d(in_chs, width, 1)
-        self.norm2 = BatchNormAct2d(width)
-        self.conv2 = create_conv2d(width, width, 3, stride=stride)
-        self.norm3 = BatchNormAct2d(width)
-        self.conv3 = create_conv2d(width, out_chs, 1)
-        self.norm4 = nn.BatchNorm2d(out_chs)
+        self.norm1 = nn.BatchNorm2d(in_chs, **placed)
+        self.conv1 = create_conv2d(in_chs, width, 1, **placed)
+        self.norm2 = BatchNormAct2d(width, **placed)
+        self.conv2 = create_conv2d(width, width, 3, stride=stride, **placed)
+        self.norm3 = BatchNormAct2d(width, **placed)
+        self.conv3 = create_conv2d(width, out_chs, 1, **placed)
+        self.norm4 = nn.BatchNorm2d(out_chs, **placed)
         self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if stride > 1 else nn.Identity()
         self.more_chs = out_chs - in_chs
 
@@ -129,6 +148,9 @@ class PyramidNet(nn.Module):
     Args:
         depth: of the network, 9n + 2.
         alpha: by how much the width grows from the first block to the last.
+
+    Raises:
+        ValueError: another depth.
     """
 
     def __init__(
@@ -139,30 +161,39 @@ class PyramidNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        **placed: Any,
     ) -> None:
         super().__init__()
+        if depth < 11 or depth % 9 != 2:
+            raise ValueError(f"depth must be 9n + 2, got {depth}.")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         channels, width, blocks = 16, 16.0, (depth - 2) // 9
-        self.stem = nn.Sequential(create_conv2d(in_chans, channels, 3), nn.BatchNorm2d(channels))
+        self.stem = nn.Sequential(
+            create_conv2d(in_chans, channels, 3, **placed), nn.BatchNorm2d(channels, **placed)
+        )
         self.stages = nn.Sequential()
         self.feature_info = []
         for i, stride in enumerate((1, 2, 2)):
             stage = nn.Sequential()
             for j in range(blocks):
                 width += alpha / (3 * blocks)
-                stage.append(PyramidBottleneck(channels, round(width), stride if j == 0 else 1))
+                step = stride if j == 0 else 1
+                stage.append(PyramidBottleneck(channels, round(width), step, **placed))
                 channels = round(width) * PyramidBottleneck.expansion
             self.stages.append(stage)
             self.feature_info.append(dict(num_chs=channels, reduction=2**i, module=f"stages.{i}"))
-        self.norm = BatchNormAct2d(channels)
+        self.norm = BatchNormAct2d(channels, **placed)
         self.num_features = self.head_hidden_size = channels
-        self.head = ClassifierHead(channels, num_classes, global_pool, drop_rate)
+        self.head = ClassifierHead(channels, num_classes, global_pool, drop_rate, **placed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" + ("" if coarse else r"\.(\d+)"))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -177,8 +208,7 @@ class PyramidNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for stage in self.stages:
-            checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint_seq(stage, x) if checkpointed else stage(x)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -188,62 +218,85 @@ class PyramidNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _placed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The device and the data type that timm was asked for."""
+    return {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+
+
+def _features(count: int) -> dict[str, Any]:
+    """How timm finds the features of a network for `features_only`."""
+    return dict(feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(count))))
+
+
+def _register(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """With timm, unless this file has come there by another way: with a model that brought it."""
+    return entrypoint if is_model(entrypoint.__name__) else register_model(entrypoint)
+
+
 def _keep_size(model: Any) -> None:
     """What the stem no longer divides by four, in the description that timm keeps of a model."""
     for info in model.feature_info:
         info["reduction"] = max(1, info["reduction"] // 4)
 
 
-@register_model
+@_register
 def preactresnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """PreActResNet-18, 11.2 million parameters."""
     args: dict[str, Any] = dict(layers=[2, 2, 2, 2], channels=(64, 128, 256, 512))
-    return build_model_with_cfg(PreActResNet, "preactresnet18", pretrained, **args | kwargs)
+    return build_model_with_cfg(
+        PreActResNet, "preactresnet18", pretrained, **_features(5), **args | kwargs
+    )
 
 
-@register_model
+@_register
 def wide_resnet28_10(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """WRN-28-10 without dropout (Zagoruyko and Komodakis, arXiv 1605.07146), 36.5 million."""
     args: dict[str, Any] = dict(layers=[4, 4, 4], channels=(160, 320, 640), stem_chs=16)
-    return build_model_with_cfg(PreActResNet, "wide_resnet28_10", pretrained, **args | kwargs)
+    return build_model_with_cfg(
+        PreActResNet, "wide_resnet28_10", pretrained, **_features(4), **args | kwargs
+    )
 
 
-@register_model
+@_register
 def pyramidnet164_a270(pretrained: bool = False, **kwargs: Any) -> PyramidNet:
     """PyramidNet of 164 layers with α = 270, 27.2 million parameters."""
     args: dict[str, Any] = dict(depth=164, alpha=270)
-    return build_model_with_cfg(PyramidNet, "pyramidnet164_a270", pretrained, **args | kwargs)
+    return build_model_with_cfg(
+        PyramidNet, "pyramidnet164_a270", pretrained, **_features(3), **args | kwargs
+    )
 
 
-@register_model
+@_register
 def vgg16_small(pretrained: bool = False, **kwargs: Any) -> SmallVGG:
     """VGG-16 with BatchNorm, as the AMP paper's code has it: 33.6 million parameters."""
     args: dict[str, Any] = dict(cfg=cfgs["vgg16"])
-    return build_model_with_cfg(SmallVGG, "vgg16_small", pretrained, **args | kwargs)
+    return build_model_with_cfg(
+        SmallVGG, "vgg16_small", pretrained, **_features(6), **args | kwargs
+    )
 
 
-@register_model
+@_register
 def resnet18_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """timm's resnet18 with a stem for small images."""
     args: dict[str, Any] = dict(block=BasicBlock, layers=(2, 2, 2, 2))
     return build_model_with_cfg(SmallResNet, "resnet18_small", pretrained, **args | kwargs)
 
 
-@register_model
+@_register
 def resnet34_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """timm's resnet34 with a stem for small images."""
     args: dict[str, Any] = dict(block=BasicBlock, layers=(3, 4, 6, 3))
     return build_model_with_cfg(SmallResNet, "resnet34_small", pretrained, **args | kwargs)
 
 
-@register_model
+@_register
 def resnet50_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """timm's resnet50 with a stem for small images."""
     args: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3))
     return build_model_with_cfg(SmallResNet, "resnet50_small", pretrained, **args | kwargs)
 
 
-@register_model
+@_register
 def resnet101_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """timm's resnet101 with a stem for small images."""
     args: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 23, 3))

@@ -150,9 +150,9 @@ class Perturbation:
         self._theta_moves = False
 
     @torch.no_grad()
-    def shrink(self, factor: Tensor) -> None:
+    def scale_radius(self, factor: Tensor) -> None:
         """ε ← factor · ε, for the ascents to come; a 0-dimensional tensor."""
-        self.epsilon = self.epsilon * factor.to(self.params[0].device, non_blocking=True)
+        self.epsilon = self.epsilon * factor.to(self.params[0].device)
 
     @torch.no_grad()
     def ascend(self, gradient: list[Tensor], rate: float | Tensor) -> Tensor:

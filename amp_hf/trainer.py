@@ -106,7 +106,9 @@ class AMPTrainerMixin(HubMixin):
         self._tensors = None
         self._loss_is_share = None
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._warn_if_never_perturbed()
+            return result
         finally:
             self._perturbation.restore()  # where an interrupt hit the one in training_step
             self._start_window([])
@@ -151,7 +153,9 @@ class AMPTrainerMixin(HubMixin):
     ) -> Any:
         """The parent's; with Optuna, what `hp_space` returns may hold fields of `AMPConfig`, too.
 
-        A field that the trial does not choose is that of `amp_config`, which comes back in the end.
+        A field that the trial does not choose is that of `amp_config`, which comes back in the end:
+        `trainer.amp_config = dataclasses.replace(trainer.amp_config, epsilon=…)` takes what was
+        found over.
         """
         before = self.amp_config
         names = before.to_dict().keys()
@@ -316,7 +320,8 @@ class AMPTrainerMixin(HubMixin):
                         clean_losses.append(loss)
             if ascent == 0 and self.amp_config.ascent_below is not None:
                 loss = self._engine.joint_mean(share * torch.stack(clean_losses).sum())
-                self._perturbation.shrink((1 - loss / self.amp_config.ascent_below).clamp(min=0))
+                learnt = (1 - loss / self.amp_config.ascent_below).nan_to_num(0.0).clamp(0, 1)
+                self._perturbation.scale_radius(learnt)
             self._delta_norm = self._perturbation.ascend(gradient, rate)
         return clean_losses
 
@@ -406,6 +411,15 @@ class AMPTrainerMixin(HubMixin):
     def _start_statistics(self) -> None:
         self._sums = 0.0
         self._ascended_steps = 0.0
+
+    def _warn_if_never_perturbed(self) -> None:
+        norms = [log["amp/delta_norm"] for log in self.state.log_history if "amp/delta_norm" in log]
+        if norms and not any(norms) and self.amp_config.ascent_below is not None:
+            logger.warning(
+                f"No loss was below AMPConfig.ascent_below={self.amp_config.ascent_below:g}, so "
+                "that nothing was perturbed: the ascents cost time and changed nothing. Train "
+                "longer, raise ascent_below (inf: at any loss), or leave AMP out by epsilon=0."
+            )
 
     def _compare_with_checkpoint(self, checkpoint: str | bool) -> None:
         """Warns where the checkpoint was trained with another `AMPConfig`."""

@@ -9,6 +9,7 @@ networks of `amp_hf.models` need `trust_remote_code=True` for that.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -246,7 +247,7 @@ def build_model(
             )
     else:
         model = _timm_model(name, label_names, image_size, from_scratch, model_args or {})
-    _try_forward(model, name, image_size)
+    _try_forward(model, name, image_size, len(label_names), model_args or {})
     return model
 
 
@@ -298,28 +299,26 @@ def _timm_model(
         raise ValueError(f"--model {name!r} is neither a timm model nor a local folder: {hint}")
     cfg: Any = timm.get_pretrained_cfg(architecture)
     # Transformers have a position embedding of one size; timm resamples pretrained ones.
-    if cfg.fixed_input_size:
-        model_args = {"img_size": image_size} | model_args
+    sized = {"img_size": image_size} if cfg.fixed_input_size else {}
+    all_args = sized | model_args
     try:
         backbone = timm.create_model(
-            architecture, pretrained=not from_scratch, num_classes=len(label_names), **model_args
+            architecture, pretrained=not from_scratch, num_classes=len(label_names), **all_args
         )
     except (OSError, RuntimeError) as error:
         if from_scratch:
-            raise _too_small(name, image_size, error) from error
+            raise _misfit(name, image_size, model_args, error) from error
         raise ValueError(
             f"The pretrained weights of {name!r} could not be loaded "
             f"({_first_line(error)}). Pass --from_scratch, or --model a local folder."
         ) from error
-    except TypeError as error:
-        raise ValueError(f"--model_args {model_args} do not fit {name!r}: {error}") from error
-    except (AssertionError, ArithmeticError, IndexError) as error:
-        raise _too_small(name, image_size, error) from error
+    except _MISFITS as error:
+        raise _misfit(name, image_size, model_args, error) from error
     settings: dict[str, Any] = dict(
         architecture=architecture.partition(".")[0],
         id2label=dict(enumerate(label_names)),
         label2id={label: i for i, label in enumerate(label_names)},
-        model_args=model_args or None,
+        model_args=all_args or None,
         # What `AutoImageProcessor` reads. Squashed, not cropped: nothing of a small image is lost.
         pretrained_cfg={
             "input_size": [3, image_size, image_size],
@@ -338,27 +337,44 @@ def _timm_model(
 
 
 def _class_of(architecture: str | None) -> type[TimmWrapperForImageClassification]:
-    known_to_timm = architecture not in models.NAMES
-    return (
-        TimmWrapperForImageClassification
-        if known_to_timm
-        else models.TimmWrapperForImageClassification
-    )
+    """transformers' class, or the one that brings the code of networks that timm has not."""
+    if architecture in models.NAMES:
+        return models.TimmWrapperForImageClassification
+    return TimmWrapperForImageClassification
 
 
-def _try_forward(model: nn.Module, name: str, image_size: int) -> None:
+# What timm's models raise for images that are too small and arguments that they do not take.
+_MISFITS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def _try_forward(
+    model: nn.Module, name: str, image_size: int, labels: int, model_args: dict[str, Any]
+) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            model(torch.zeros(2, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError, ArithmeticError, IndexError) as error:
-        raise _too_small(name, image_size, error) from error
+            logits = model(torch.zeros(2, 3, image_size, image_size)).logits
+        if logits.shape != (2, labels):
+            raise ValueError(f"it returns {list(logits.shape)} for 2 images and {labels} labels")
+    except _MISFITS as error:
+        raise _misfit(name, image_size, model_args, error) from error
 
 
-def _too_small(name: str, image_size: int, error: Exception) -> ValueError:
+def _misfit(name: str, image_size: int, model_args: dict[str, Any], error: Exception) -> ValueError:
+    args, change = "", ""
+    if model_args:
+        args, change = f" with --model_args {json.dumps(model_args)}", "change --model_args, "
     return ValueError(
-        f"{name!r} does not work on images of {image_size}x{image_size} pixels "
-        f"({_first_line(error)}): raise --image_size or take another --model."
+        f"{name!r}{args} does not work on images of {image_size}x{image_size} pixels "
+        f"({_first_line(error)}): {change}raise --image_size or take another --model."
     )
 
 

@@ -282,7 +282,7 @@ class EvidenceArguments(RunArguments):
         for name, known in (("tables", TABLES), ("settings", SETTINGS), ("rows", ROWS)):
             if unknown := [value for value in getattr(self, name) if value not in known]:
                 raise ValueError(f"--{name} knows {', '.join(known)}, not {unknown[0]!r}.")
-        self.check_data(SETTINGS.values())
+        self.check_data(SETTINGS[key] for key in self.settings)
 
 
 def main() -> None:
@@ -297,7 +297,8 @@ def main() -> None:
                 (key, row) for key, row in cells if key in options.settings and row in options.rows
             ]
             runs.fill(wanted, options.seeds or seeds)
-            runs.time(wanted)
+            if name == "results":
+                runs.time(wanted)
     except ValueError as error:
         sys.exit(f"evidence.py: error: {error}")
     for table in (choice_table, results_table, defaults_table):

@@ -6,10 +6,11 @@ A run that the file holds is not repeated, so a script that was stopped goes on 
 import contextlib
 import json
 import os
+import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from amp_hf.evidence import unaugmented
 from amp_hf.flatness import LossSurface
 from amp_hf.image_classification import build, parse
 
-BASES = Path(tempfile.gettempdir(), "amp_hf_bases")
-UNUSED = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
+CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
+UNUSED = os.path.join(CACHE, "unused")
 DIGITS = "digits"  # scikit-learn's
 CURVATURE_SAMPLES = 250
 
@@ -92,23 +93,30 @@ class RunArguments:
     def source(self, setting: Setting) -> str:
         """The `--dataset` of the recipe."""
         if setting.dataset == DIGITS:
-            return _digits_folder()
+            return _made_once(DIGITS, _save_digits)
         return self._copy(setting) if self.data else setting.dataset
 
     def _copy(self, setting: Setting) -> str:
         return os.path.join(self.data or "", setting.folder)
 
 
-def _digits_folder() -> str:
-    """scikit-learn's digits, 1,000 of them to train on, as a folder of parquet files."""
-    folder = Path(tempfile.gettempdir(), "amp_hf_digits")
-    if not folder.exists():
-        parts = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
-        part = Path(tempfile.mkdtemp(dir=folder.parent))
-        for split, rows in parts.items():
-            rows.to_parquet(part / f"{split}-00000-of-00001.parquet")
-        part.replace(folder)
+def _made_once(name: str, make: Callable[[Path], object]) -> str:
+    """A folder for all processes: it is there as a whole or not at all."""
+    folder = Path(CACHE, name)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = Path(tempfile.mkdtemp(dir=CACHE))
+            make(part)
+            part.replace(folder)
     return str(folder)
+
+
+def _save_digits(folder: Path) -> None:
+    """scikit-learn's digits, 1,000 of them to train on, as a dataset of parquet files."""
+    parts = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
+    for split, rows in parts.items():
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
 class Runs:
@@ -139,9 +147,11 @@ class Runs:
                     found["runs"].append(result)
 
     def time(self, cells: Iterable[tuple[str, str]]) -> None:
+        """Times what has not been."""
         by_setting: dict[str, list[str]] = {}
         for key, name in cells:
-            by_setting.setdefault(key, ["ERM"]).append(name)
+            if self.time_ratio(key, name) is None:
+                by_setting.setdefault(key, ["ERM"]).append(name)
         for key, names in by_setting.items() if self.options.rounds else ():
             ratios = self._times(key, list(dict.fromkeys(names)))
             with self._latest() as found:
@@ -169,7 +179,7 @@ class Runs:
         own = row.argv.format(epsilon=setting.epsilon)
         words = f"{setting.argv} {epochs} --seed {seed} {own}".split()
         if setting.base is not None:
-            words += ["--model", str(BASES / setting.base)]
+            words += ["--model", self._base(setting.base)]
         return [*words, "--save_strategy", "no", "--dataset", self.options.source(setting)]
 
     def _trainer(self, key: str, name: str, seed: int, *more: str):
@@ -181,11 +191,7 @@ class Runs:
         return trainer, tests["test"] if held_out is None else held_out
 
     def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
-        row, base = self.rows[name], self.settings[key].base
-        if base is not None and not (BASES / base).exists():
-            trainer = self._trainer(base, "ERM", 0)[0]
-            trainer.train()
-            trainer.save_model(str(BASES / base))
+        row = self.rows[name]
         trainer, test = self._trainer(key, name, seed)
         seconds = trainer.train().metrics["train_runtime"]
         metrics = trainer.evaluate(test, metric_key_prefix="test")
@@ -205,15 +211,26 @@ class Runs:
             result["eigenvalue"] = surface.top_eigenvalue().value
         return result
 
+    def _base(self, key: str) -> str:
+        def train(folder: Path) -> None:
+            trainer = self._trainer(key, "ERM", 0)[0]
+            trainer.train()
+            trainer.save_model(str(folder))
+
+        return _made_once(key.replace(" ", "_"), train)
+
     def _command(self, key: str, name: str, seed: int) -> str:
-        """As a user would type it, where the data sets come from the Hub."""
+        """As a user would type it, with the data sets from the Hub.
+
+        What no recipe does is called by the class that does it.
+        """
         setting, trainer = self.settings[key], self.rows[name].trainer
         recipe = "gtsrb" if setting.folder == "gtsrb" else "cifar10"
         script = f"recipes/train_{recipe}.py" if trainer is AMPTrainer else trainer.__name__
         words = [script, *self.arguments(key, name, seed)[:-2]]
         if setting.dataset == DIGITS:
             words += ["--dataset", DIGITS]
-        return " ".join(words).replace(f"{BASES}/", "")
+        return shlex.join(word.removeprefix(f"{CACHE}/") for word in words)
 
     def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
         """Ratios to ERM's training time in the same round, by row."""

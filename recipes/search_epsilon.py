@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 
 import optuna
+import train_cifar10
 from transformers import HfArgumentParser, PrinterCallback
 
 from amp_hf.image_arguments import parse
@@ -46,7 +47,8 @@ def main() -> None:
     try:
         parser = HfArgumentParser(SearchArguments, description=__doc__)
         search, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-        images, args, amp_config = parse(DEFAULTS, {}, None, rest)
+        defaults = train_cifar10.DEFAULTS | DEFAULTS
+        images, args, amp_config = parse(defaults, train_cifar10.FROM_SCRATCH_DEFAULTS, None, rest)
         if not images.validation_fraction:
             raise ValueError("--validation_fraction must be above 0: a search needs images for it.")
         trainer, _ = build(images, args, amp_config)
@@ -60,22 +62,26 @@ def main() -> None:
         return {"epsilon": trial.suggest_float("epsilon", search.lowest, search.highest, log=True)}
 
     def objective(metrics: dict[str, float]) -> float:
-        print(
-            f"epsilon {trainer.amp_config.epsilon:.4f}: held-out accuracy "
-            f"{metrics['eval_accuracy']:.4f}, NLL {metrics['eval_nll']:.4f}"
-        )
+        if trainer.is_world_process_zero():
+            print(
+                f"epsilon {trainer.amp_config.epsilon:.4g}: held-out accuracy "
+                f"{metrics['eval_accuracy']:.4f}, NLL {metrics['eval_nll']:.4f}"
+            )
         return metrics["eval_nll"]
 
-    best = trainer.hyperparameter_search(
-        space,
-        objective,
-        n_trials=search.trials,
-        direction="minimize",
-        backend="optuna",
-        sampler=optuna.samplers.TPESampler(seed=args.seed),
-    )
+    try:
+        best = trainer.hyperparameter_search(
+            space,
+            objective,
+            n_trials=search.trials,
+            direction="minimize",
+            backend="optuna",
+            sampler=optuna.samplers.TPESampler(seed=args.seed),
+        )
+    except ValueError as error:  # Optuna's, where every trial diverged
+        sys.exit(f"search_epsilon.py: error: {error}")
     if best is not None:  # the main process
-        found = f"{best.hyperparameters['epsilon']:.4f}"
+        found = f"{best.hyperparameters['epsilon']:.4g}"
         command = shlex.join(["python", "recipes/train_cifar10.py", *rest, "--epsilon", found])
         print(f"\nBest: epsilon {found} (held-out NLL {best.objective:.4f})\n\n    {command}")
 

@@ -10,9 +10,8 @@ may come first.
 
 from amp_hf.image_classification import main
 
+DEFAULTS = dict(dataset="uoft-cs/cifar10", augment="objects", output_dir="outputs/cifar10")
+FROM_SCRATCH_DEFAULTS = dict(num_train_epochs=30)
+
 if __name__ == "__main__":
-    main(
-        defaults=dict(dataset="uoft-cs/cifar10", augment="objects", output_dir="outputs/cifar10"),
-        from_scratch_defaults=dict(num_train_epochs=30),
-        description=__doc__,
-    )
+    main(DEFAULTS, FROM_SCRATCH_DEFAULTS, __doc__)

@@ -14,10 +14,12 @@ torch.set_num_threads(1)  # small tensors: threads would only wait for each othe
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """The whole suite runs on two processes, a file on one, where pytest-xdist is installed."""
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
-        config.option.numprocesses = 2
-        config.option.dist = "loadfile"
+    options = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not options.keyword
+    looks = options.usepdb or options.capture == "no"
+    if whole and not looks and getattr(options, "numprocesses", 0) is None:
+        options.numprocesses = 2
+        options.dist = "loadfile"
 
 
 def pytest_collection_modifyitems(items):

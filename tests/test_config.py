@@ -32,7 +32,11 @@ FIELDS = {
     ),
     "norm_stats": ("one of 'clean', 'both'", ["clean", "both"], ["outer", "", None, True]),
     "ascent_reuse": ("True or False", [True, False], [1, 0, "true", None]),
-    "ascent_below": ("None or a finite number > 0", [None, 0.1, 3], [0, -0.5, NAN, INF, True, "1"]),
+    "ascent_below": (
+        "None or a finite number > 0",
+        [None, 0.1, 3],
+        [0, -0.5, NAN, -INF, True, "1"],
+    ),
 }
 UNUSUAL = AMPConfig(
     epsilon=0.25,
@@ -160,6 +164,10 @@ def test_the_settings_of_the_budget_that_is_recommended():
         ascent_below=0.5, epsilon=0.7, ascent_start=0.4, ascent_every=4, ascent_reuse=True
     )
     assert AMPConfig.for_budget(2) == AMPConfig.for_budget(1.3)
+
+
+def test_at_any_loss_can_be_said_as_a_number():
+    assert AMPConfig(ascent_below=INF) == AMPConfig(ascent_below=None)
 
 
 @pytest.mark.parametrize("budget", [1, 1.0, 0.5, 0, -1, NAN, INF, True, "1.15", None])

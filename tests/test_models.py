@@ -152,6 +152,39 @@ def test_saved_models_predict_the_same_in_a_process_without_amp_hf(tmp_path):
         torch.testing.assert_close(torch.load(f"{folder}/logits.pt"), logits)
 
 
+@pytest.mark.parametrize("name", models.NAMES)
+def test_a_network_gives_features_and_takes_a_device_and_a_type(name):
+    own = {} if name == "vgg16_small" else SMALL.get(name, {})  # of so many features
+    features = timm.create_model(name, features_only=True, dtype=torch.float64, **own).eval()
+    maps = features(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    shapes = [(chs, 32 // by) for chs, by in zip(*map(features.feature_info.get, _INFO))]
+    assert [(len(m[0]), m.shape[-1]) for m in maps] == shapes
+    assert len(maps) >= 3 and {m.dtype for m in maps} == {torch.float64}
+    assert all(p.is_meta for p in timm.create_model(name, device="meta", **own).parameters())
+
+
+_INFO = ("num_chs", "reduction")
+
+
+def test_a_depth_that_no_pyramid_has_is_refused():
+    with pytest.raises(ValueError, match=r"depth must be 9n \+ 2, got 12\."):
+        timm.create_model("pyramidnet164_a270", depth=12)
+
+
+def test_a_sharded_model_is_saved_with_the_file_of_its_own_class(tmp_path):
+    """FSDP2 gives a model a class of its own."""
+    model = build_model("resnet18_small", NAMES, 32, True, SMALL["resnet18_small"])
+    model.__class__ = type("FSDPModel", (type(model),), {"__module__": "torch.nn"})
+    model.save_pretrained(tmp_path)
+    assert type(model).__name__ == "FSDPModel"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "models.py",
+    }
+    assert build_model(str(tmp_path), NAMES, 32)
+
+
 def test_the_networks_have_no_pretrained_weights():
     with pytest.raises(ValueError, match=r"could not be loaded .*--from_scratch"):
         build_model("preactresnet18", NAMES, 32)

@@ -289,7 +289,7 @@ def test_on_a_gpu_an_ascent_waits_for_nothing_and_takes_fewer_operations_than_pa
         assert "aten._foreach_norm.Scalar" in operations.names  # it does count
         for ball in BALLS:
             perturbation = Perturbation(params, 0.1, ball)
-            perturbation.shrink(rate)
+            perturbation.scale_radius(rate)
             perturbation.ascend(gradient, rate)
             perturbation.ascend(joint_empty_like(params), rate)
             perturbation.leave()

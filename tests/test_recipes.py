@@ -28,6 +28,7 @@ import evidence  # noqa: E402
 import frontier  # noqa: E402
 import runs  # noqa: E402
 import search_epsilon  # noqa: E402
+import train_cifar10  # noqa: E402
 import train_digits  # noqa: E402
 
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
@@ -218,8 +219,9 @@ def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tm
 def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--budget=1.15"]
     assert parse({}, {}, None, argv)[2] == AMPConfig.for_budget(1.15)
-    overridden = parse({}, {}, None, [*argv, "--epsilon=0.1", "--ascent_reuse=false"])[2]
-    assert overridden == AMPConfig(epsilon=0.1, ascent_start=0.4, ascent_every=4, ascent_below=0.5)
+    own = ["--epsilon=0.1", "--ascent_reuse=false", "--ascent_below=inf"]
+    overridden = parse({}, {}, None, [*argv, *own])[2]
+    assert overridden == AMPConfig(epsilon=0.1, ascent_start=0.4, ascent_every=4)
 
 
 BAD = {
@@ -249,7 +251,9 @@ BAD = {
     "--cutout=-4": "--cutout must be at least 0, got -4.",
     "--model_args=[4]": "--model_args must be a JSON object, got [4].",
     "--model_args={4": "--model_args must be a JSON object, got {4.",
-    '--model_args={"nope": 4}': "do not fit 'vit_tiny_patch16_224'",
+    '--model_args={"nope": 4}': "change --model_args, raise --image_size",
+    '--model_args={"norm_layer": "zzz"}': "change --model_args, raise --image_size",
+    '--model_args={"features_only": true}': "change --model_args, raise --image_size",
     "--model=recipes": "--model recipes is a folder without a saved timm model",
     "--report_to=clearml": "requires 'clearml' to be installed",
 }
@@ -478,8 +482,7 @@ def test_the_tables_of_the_frontier_are_those_of_its_results():
 def test_the_evidence_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
     """Of a network from scratch and of one that was trained here, one seed and then another."""
     parquet_folder(tmp_path / "gtsrb", train=48, test=40)
-    (tmp_path / "cifar10").mkdir()
-    monkeypatch.setattr(runs, "BASES", tmp_path / "bases")
+    monkeypatch.setattr(runs, "CACHE", str(tmp_path / "cache"))
     for key in evidence.GRID:
         setting = dataclasses.replace(evidence.SETTINGS[key], epochs=1)
         monkeypatch.setitem(evidence.SETTINGS, key, setting)
@@ -490,9 +493,9 @@ def test_the_evidence_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkey
     first = json.loads((tmp_path / "evidence.json").read_text())["runs"]
     assert len(first) == 6
     assert all("eigenvalue" not in run for run in first)
-    (base,) = (tmp_path / "bases").iterdir()
     tuned = [run for run in first if run["setting"].endswith("tuned")]
-    assert f"--model {base.name}" in tuned[0]["command"]
+    assert "--model gtsrb_test_resnet_short" in tuned[0]["command"]
+    assert (tmp_path / "cache" / "gtsrb_test_resnet_short" / "model.safetensors").exists()
     assert tuned[0]["nll"] != first[0]["nll"]
     main_of(evidence, monkeypatch, *words, "--seeds", 0, 1)
     found = json.loads((tmp_path / "evidence.json").read_text())["runs"]
@@ -534,8 +537,19 @@ def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_w
     tmp_path, data, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    words = [*SMALL.split(), "--dataset", data, "--ascent_start=0", "--num_train_epochs=1"]
+    words = [word for word in SMALL.split() if word not in ("--num_train_epochs", "2")]
+    words += ["--dataset", data, "--ascent_start=0", "--max_train_samples=16"]
+    monkeypatch.setitem(train_cifar10.FROM_SCRATCH_DEFAULTS, "num_train_epochs", 1)
+    epochs = []
+    original = AMPTrainer.evaluate
+
+    def evaluate(trainer, *args, **kwargs):
+        epochs.append(trainer.state.epoch)
+        return original(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(AMPTrainer, "evaluate", evaluate)
     main_of(search_epsilon, monkeypatch, "--trials=3", *words)
+    assert set(epochs) == {1}  # as many as the recipe's
     out = capsys.readouterr().out
     tried = re.findall(r"epsilon ([\d.]+): held-out accuracy [\d.]+, NLL ([\d.]+)", out)
     best, loss = re.search(r"Best: epsilon ([\d.]+) \(held-out NLL ([\d.]+)\)", out).groups()

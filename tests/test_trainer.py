@@ -653,6 +653,28 @@ def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_de
     assert logged(own, "amp/delta_norm") == pytest.approx(logged(divided, "amp/delta_norm"))
 
 
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 0.0), (float("inf"), 0.0), (-5.0, 0.05)])
+def test_no_loss_takes_delta_out_of_the_ball(tmp_path, loss, norm):
+    """The loss of labels that are all ignored is NaN, and its gradient zero."""
+
+    class Spoiled(MLP):
+        def forward(self, pixels, labels=None):
+            outputs = super().forward(pixels, labels)
+            value = outputs["loss"]
+            return outputs | {"loss": value + (loss - value).detach()}
+
+    config = always(epsilon=0.05, ascent_below=0.5)
+    trainer = train(make(Spoiled), tmp_path, config, max_steps=2, logging_nan_inf_filter=False)
+    assert logged(trainer, "amp/delta_norm") == pytest.approx([norm, norm])
+
+
+def test_a_training_whose_ascents_changed_nothing_says_so(tmp_path, caplog):
+    train(make(), tmp_path, always(ascent_below=4.0), max_steps=2)
+    assert "nothing was perturbed" not in caplog.text
+    train(make(), tmp_path, always(ascent_below=0.1), max_steps=2)
+    assert "No loss was below AMPConfig.ascent_below=0.1" in caplog.text
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_micro_batch_without_a_label_adds_nothing(tmp_path, scope):
     samples = strokes()[:16]
