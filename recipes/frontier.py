@@ -60,7 +60,7 @@ FAMILIES = {
     "AMP, 1/4 of the batch": dict(color="#E69F00", marker="P", linestyle="none"),
 }
 _ALWAYS = "--ascent_start 0"
-_LATE = "--ascent_start 0.4 --ascent_reuse true --ascent_every"
+_ANY = "--ascent_below inf"
 ROWS = {
     "ERM": Row("--epsilon 0", "ERM"),
     "ERM, 1.15 × the epochs": Row("--epsilon 0", "ERM", epochs=1.15),
@@ -69,16 +69,14 @@ ROWS = {
     "AMP, ε 0.2": Row(f"{_ALWAYS} --epsilon 0.2", "AMP, every step"),
     "AMP, ε 0.3": Row(f"{_ALWAYS} --epsilon 0.3", "AMP, every step"),
     "AMP in the last 60 %, ε 0.2": Row("--ascent_start 0.4 --epsilon 0.2", "AMP, last 60 %"),
-    "budget 1.1": Row("--budget 1.1", "AMP for a budget"),
     "budget 1.15": Row("--budget 1.15", "AMP for a budget"),
-    "budget 1.3": Row("--budget 1.3", "AMP for a budget"),
-    "budget 1.1, at any loss": Row(f"{_LATE} 6 --epsilon 0.7", "AMP for a budget, at any loss"),
-    "budget 1.15, at any loss": Row(f"{_LATE} 4 --epsilon 0.7", "AMP for a budget, at any loss"),
-    "budget 1.3, at any loss": Row(f"{_LATE} 2 --epsilon 0.7", "AMP for a budget, at any loss"),
+    "budget 1.1, at any loss": Row(f"--budget 1.1 {_ANY}", "AMP for a budget, at any loss"),
+    "budget 1.15, at any loss": Row(f"--budget 1.15 {_ANY}", "AMP for a budget, at any loss"),
+    "budget 1.3, at any loss": Row(f"--budget 1.3 {_ANY}", "AMP for a budget, at any loss"),
     "last 15 % (the default)": Row("", "AMP, last 15 %"),
-    "budget 1.15, at any loss, ε 0.1": Row(f"{_LATE} 4 --epsilon 0.1"),
-    "budget 1.15, at any loss, ε 0.2": Row(f"{_LATE} 4 --epsilon 0.2"),
-    "budget 1.15, at any loss, ε 0.3": Row(f"{_LATE} 4 --epsilon 0.3"),
+    "budget 1.15, at any loss, ε 0.1": Row(f"--budget 1.15 {_ANY} --epsilon 0.1"),
+    "budget 1.15, at any loss, ε 0.2": Row(f"--budget 1.15 {_ANY} --epsilon 0.2"),
+    "budget 1.15, at any loss, ε 0.3": Row(f"--budget 1.15 {_ANY} --epsilon 0.3"),
     "every 7th step, ε 0.1": Row(f"{_ALWAYS} --ascent_every 7"),
     "every 7th step, ε 0.2": Row(f"{_ALWAYS} --epsilon 0.2 --ascent_every 7", "AMP, plain between"),
     "every 7th step, reused, ε 0.2": Row(
