@@ -58,7 +58,8 @@ class Training:
         brings_code: whether it is loaded by code that lies beside it.
         task: the Hub's name of it, `None` where the model is of no known one.
         steps: optimizer steps; `ascending` of them had ascents, `perturbed` an ascent or a Δ.
-        seconds: what they took, if that was measured of all of them.
+        delta_norm: ‖Δ‖₂, the mean of what was logged of it, if that was.
+        seconds: what the steps took, if that was measured of all of them.
         history: what was evaluated in the course of the training, one mapping an evaluation.
     """
 
@@ -72,6 +73,7 @@ class Training:
     steps: int
     ascending: int
     perturbed: int
+    delta_norm: float | None
     seconds: float | None
     results: Results
     history: list[dict[str, Any]]
@@ -321,6 +323,8 @@ def _cost(training: Training, evidence: Evidence) -> str:
     if training.perturbed > training.ascending:
         text += f"; {training.perturbed - training.ascending:,} more reused the last perturbation"
     text += "."
+    if training.delta_norm is not None:
+        text += f" ‖Δ‖₂ was {training.delta_norm:.3g} on average."
     if training.seconds is not None:
         text += f" Training took {_duration(training.seconds)}"
         if evidence.twin_seconds:

@@ -169,6 +169,7 @@ class HubMixin(_Parent):
         arguments |= {name: getattr(self.args, name) for name in names}
         arguments |= {name: True for name in ("bf16", "fp16") if getattr(self.args, name)}
         seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
+        norms = [log["amp/delta_norm"] for log in state.log_history if "amp/delta_norm" in log]
         return Training(
             source=self.hub_model_id or str(self.args.output_dir),
             revision=self.args.hub_revision if self.hub_model_id else None,
@@ -180,6 +181,7 @@ class HubMixin(_Parent):
             steps=len(steps),
             ascending=sum(config.ascends_at(step, state.max_steps) for step in steps),
             perturbed=sum(config.perturbs_at(step, state.max_steps) for step in steps),
+            delta_norm=sum(norms) / len(norms) if norms else None,
             seconds=seconds[-1] if seconds and self._timed else None,
             results=results_of(state.log_history),
             history=parse_log_history(state.log_history)[1] or [],

@@ -165,6 +165,8 @@ class Perturbation:
         Returns:
             ‖Δ‖₂, 0-dimensional.
         """
+        if isinstance(rate, Tensor):  # the scaler's may be elsewhere than offloaded parameters
+            rate = rate.to(self.params[0].device)
         if self._originals:
             # Δ is what rounding left of it in θ + Δ: where the gradient was really taken.
             for group, (params, originals) in zip(self._groups, self._originals):

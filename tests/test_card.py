@@ -54,7 +54,10 @@ def test_the_card_says_how_the_model_was_trained_and_what_came_of_it(tmp_path):
     assert "Adversarial Model Perturbation (AMP; nothing to do with mixed precision)" in text
     assert "| `epsilon` | `0.25` |" in text and "| `learning_rate` | `0.1` |" in text
     assert "| `optimizer` | `sgd` |" in text
-    assert "2 of 8 steps had an ascent, a further forward and backward pass." in text
+    cost = (
+        "2 of 8 steps had an ascent, a further forward and backward pass. ‖Δ‖₂ was 0.25 on average."
+    )
+    assert cost in text
     assert "| `weight_decay` | `0.0` |" in text and "| `max_grad_norm` | `0.0` |" in text
     accuracy = trainer.state.log_history[-1]["test_accuracy"]
     assert f"| test: accuracy | {accuracy:.2%} |" in text

@@ -299,6 +299,17 @@ def test_on_a_gpu_an_ascent_waits_for_nothing_and_takes_fewer_operations_than_pa
             perturbation.restore()
 
 
+def test_offloaded_parameters_take_a_rate_and_a_factor_from_the_device():
+    """Fake tensors raise where two devices meet; on a CPU, values are then looked at."""
+    with FakeTensorMode():
+        params = [torch.empty(8, 4), torch.empty(8)]
+        factor = torch.ones((), device="cuda")
+        perturbation = Perturbation(params, 0.1, "global")
+        perturbation.scale_radius(factor)
+        with pytest.raises(DataDependentOutputException):
+            perturbation.ascend(joint_empty_like(params), factor)
+
+
 def test_joint_memory_is_that_of_empty_like_and_no_two_tensors_share_any_of_it():
     image = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
     params = [torch.zeros(8)[::2], torch.zeros(3, 9)[:, :5], image, torch.zeros(2, 3).T]
