@@ -76,7 +76,11 @@ print(predict(picture, top_k=1)[0]["label"])
 """
 
 
-SMALL_PREACT = ["--model=preactresnet18", '--model_args={"channels": [8, 8, 8, 8], "stem_chs": 8}']
+SMALL_PREACT = [
+    "--model=preactresnet18",
+    '--model_args={"channels": [8, 8, 8, 8], "stem_chs": 8}',
+    *("--save_strategy=epoch", "--hub_strategy=every_save", "--hub_always_push=true"),
+]
 
 
 @pytest.mark.parametrize(("model", "code"), [([], False), (SMALL_PREACT, True)])
@@ -98,7 +102,11 @@ def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path, 
         card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
         source = f'"{REPO}", revision="flat"'
         assert f'pipeline("image-classification", model={source}{trust})' in card.text
-        assert ("models.py" in files) == code
+        first_push = hub.repos[REPO].branches["flat"][1].files
+        assert ("models.py" in files) == ("models.py" in first_push) == code
+        assert hub.commits(REPO, "flat")[1:] == ["Training in progress, epoch 1"] * code + [
+            "End of training"
+        ]
         assert card.data.eval_results and str(tmp_path) not in card.content
         assert hub.cards[-1] == card.content  # what the Hub was asked to validate
 
