@@ -17,7 +17,8 @@ def pytest_cmdline_main(config):
     options = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not options.keyword
     looks = options.usepdb or options.capture == "no"
-    if whole and not looks and getattr(options, "numprocesses", 0) is None:
+    is_worker = hasattr(config, "workerinput")  # which must not start further ones
+    if whole and not looks and not is_worker and getattr(options, "numprocesses", 0) is None:
         options.numprocesses = 2
         options.dist = "loadfile"
 
