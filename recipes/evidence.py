@@ -126,9 +126,10 @@ SEARCHED = [key for key in SETTINGS if not key.endswith("tuned")]
 SKETCHED = ("gtsrb test_resnet", "gtsrb test_resnet short", "gtsrb test_vit")
 GRID = {
     "gtsrb test_resnet short": "a short schedule",
-    "gtsrb test_resnet": "a long one",
+    "gtsrb test_resnet": "a long schedule",
     "gtsrb test_resnet tuned": "fine-tuning",
 }
+_GRID_EPSILONS = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRIED = {"test_resnet": (0.1, 0.2, 0.4), "test_vit": (0.02, 0.05, 0.1)}
 
 # Of each table, its seeds and its settings and rows.
@@ -239,7 +240,7 @@ def draw_grid(runs: Runs, path: Path) -> None:
     figure, axes = plt.subplots(2, len(GRID), figsize=(12, 6.5), layout="constrained", sharex=True)
     rows = (("accuracy", "accuracy, %", 100), ("nll", "NLL, nats", 1))
     for column, (key, title) in enumerate(GRID.items()):
-        axes[0, column].set_title(f"{title}: {SETTINGS[key].title}", fontsize=9)
+        axes[0, column].set_title(title)
         for axis, (name, label, scale) in zip(axes[:, column], rows):
             for text, style in series.items():
                 points = {}
@@ -256,6 +257,8 @@ def draw_grid(runs: Runs, path: Path) -> None:
                 mean = scale * statistics.mean(erm)
                 axis.axhline(mean, color="black", linestyle="--", label="ERM")
             axis.set_xscale("log")
+            axis.set_xticks(_GRID_EPSILONS, [f"{epsilon:g}" for epsilon in _GRID_EPSILONS])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_ylabel(label)
         axes[1, column].set_xlabel("ε")
