@@ -4,6 +4,8 @@ import os
 # No test needs the network: without these, a hub client may wait for one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The processes that tests start share the cores, and threads of theirs would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
