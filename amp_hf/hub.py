@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.modelcard import (
     TrainingSummary,
     extract_hyperparameters_from_trainer,
@@ -169,7 +169,7 @@ class HubMixin(_Parent):
         arguments |= {name: getattr(self.args, name) for name in names}
         arguments |= {name: True for name in ("bf16", "fp16") if getattr(self.args, name)}
         seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
-        norms = [log["amp/delta_norm"] for log in state.log_history if "amp/delta_norm" in log]
+        norms = delta_norms(state)
         return Training(
             source=self.hub_model_id or str(self.args.output_dir),
             revision=self.args.hub_revision if self.hub_model_id else None,
@@ -186,6 +186,11 @@ class HubMixin(_Parent):
             results=results_of(state.log_history),
             history=parse_log_history(state.log_history)[1] or [],
         )
+
+
+def delta_norms(state: TrainerState) -> list[float]:
+    """‖Δ‖₂, one value a log that has it: the mean over the ascents since the last."""
+    return [log["amp/delta_norm"] for log in state.log_history if "amp/delta_norm" in log]
 
 
 class _Token(str):

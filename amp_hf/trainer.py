@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
 from .engine import Engine, engine_for, temporarily
-from .hub import HubMixin
+from .hub import HubMixin, delta_norms
 from .parameters import ModelTensors, perturbed_parameters
 from .perturbation import Perturbation
 from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
@@ -413,7 +413,7 @@ class AMPTrainerMixin(HubMixin):
         self._ascended_steps = 0.0
 
     def _warn_if_never_perturbed(self) -> None:
-        norms = [log["amp/delta_norm"] for log in self.state.log_history if "amp/delta_norm" in log]
+        norms = delta_norms(self.state)
         if norms and not any(norms) and self.amp_config.ascent_below is not None:
             logger.warning(
                 f"No loss was below AMPConfig.ascent_below={self.amp_config.ascent_below:g}, so "
