@@ -113,7 +113,7 @@ class AMPConfig:
         if self.ascent_below == math.inf:  # as a command line can say it
             object.__setattr__(self, "ascent_below", None)
         if self.ascent_below is not None:
-            self._check_real("ascent_below", "None or a finite number > 0", lambda x: x > 0)
+            self._check_real("ascent_below", "None or a number > 0", lambda x: x > 0)
         self._check_perturb()
 
     @classmethod

@@ -33,7 +33,7 @@ FIELDS = {
     "norm_stats": ("one of 'clean', 'both'", ["clean", "both"], ["outer", "", None, True]),
     "ascent_reuse": ("True or False", [True, False], [1, 0, "true", None]),
     "ascent_below": (
-        "None or a finite number > 0",
+        "None or a number > 0",
         [None, 0.1, 3],
         [0, -0.5, NAN, -INF, True, "1"],
     ),
