@@ -278,9 +278,7 @@ class EvidenceArguments(RunArguments):
     rows: list[str] = field(default_factory=lambda: list(ROWS))
 
     def __post_init__(self) -> None:
-        for name, known in (("tables", TABLES), ("settings", SETTINGS), ("rows", ROWS)):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ValueError(f"--{name} knows {', '.join(known)}, not {unknown[0]!r}.")
+        self.check_names(tables=TABLES, settings=SETTINGS, rows=ROWS)
         self.check_data(SETTINGS[key] for key in self.settings)
 
 

@@ -100,9 +100,7 @@ class FrontierArguments(RunArguments):
     rows: list[str] = field(default_factory=lambda: list(ROWS))
 
     def __post_init__(self) -> None:
-        for name, known in (("settings", SETTINGS), ("rows", ROWS)):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ValueError(f"--{name} knows {', '.join(known)}, not {unknown[0]!r}.")
+        self.check_names(settings=SETTINGS, rows=ROWS)
         self.check_data(SETTINGS[key] for key in self.settings)
 
 

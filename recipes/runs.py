@@ -82,6 +82,12 @@ class RunArguments:
         metadata={"help": "All results, in JSON; plots lie beside it. Default: beside this file."},
     )
 
+    def check_names(self, **known: Iterable[str]) -> None:
+        """That every name in each of these options is a known one."""
+        for option, names in known.items():
+            if unknown := [value for value in getattr(self, option) if value not in names]:
+                raise ValueError(f"--{option} knows {', '.join(names)}, not {unknown[0]!r}.")
+
     def check_data(self, settings: Iterable[Setting]) -> None:
         for setting in settings if self.data else ():
             if setting.dataset != DIGITS and not os.path.isdir(self._copy(setting)):
