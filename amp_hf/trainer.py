@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size, recursively_apply
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from .batches import first_samples
 from .config import AMPConfig
 from .engine import Engine, engine_for, temporarily
 from .hub import HubMixin, delta_norms
@@ -137,14 +137,23 @@ class AMPTrainerMixin(HubMixin):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._run is not self.state:  # a new run, or a smaller batch size is tried
             self._start_run()
+        # As the parent's step does, but before Δ is added: an evaluation may have moved the
+        # parameters of a schedule-free optimizer, and what this brings them back to is θ.
+        train = getattr(self.optimizer, "train", None)
+        if callable(train):
+            train()
         if step != self._last_perturbed:  # its first micro-batch
             self._last_perturbed = step
+            self._clean_losses = []
             if self._must_ascend():
                 self._last_ascent = step
         try:
             if self._last_ascent == step:
                 return self._ascending_step(model, inputs, num_items_in_batch)
             return self._reusing_step(model, inputs, num_items_in_batch)
+        except BaseException:
+            self._last_perturbed = -1  # a subclass may go on: with an ascent
+            raise
         finally:
             self._perturbation.restore()
 
@@ -260,6 +269,11 @@ class AMPTrainerMixin(HubMixin):
                 self._traceless_pass(model, inputs, num_items_in_batch)
         engine = self._engine
         perturbed = self._perturbed = self._tensors.perturbed()
+        if not self._window and getattr(self, "current_gradient_accumulation_steps", 1) > 1:
+            raise ValueError(
+                f"{type(self).__name__}.get_batch_samples must call its parent's, where AMP takes "
+                "the micro-batches of a step from."
+            )
         batches = self._window if engine.scope == "batch" and self._window else [inputs]
         window, ranks = max(1, len(self._window)), self.accelerator.num_processes
         joined = window * ranks > 1
@@ -282,7 +296,7 @@ class AMPTrainerMixin(HubMixin):
             elif self._loss_is_share is False:
                 share = 1 / (window * factor)
             if config.ascent_fraction < 1:
-                batches = [self._sub_batch(batch) for batch in batches]
+                batches = [first_samples(batch, config.ascent_fraction) for batch in batches]
                 num_items = self._count_items(batches)
             losses = self._ascents(model, perturbed, batches, num_items, share)
         self._clean_losses = [loss / scale for loss in losses]
@@ -365,17 +379,6 @@ class AMPTrainerMixin(HubMixin):
         count = super().get_batch_samples(iter(batches), len(batches), self.args.device)[1]
         return None if count is None else torch.as_tensor(count).clamp(min=1)
 
-    def _sub_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The first `ascent_fraction` of the samples (which come shuffled).
-
-        At least two: BatchNorm cannot do with one.
-        """
-        size = find_batch_size(batch)
-        share = max(2, round(size * self.amp_config.ascent_fraction))
-        return recursively_apply(
-            lambda tensor: tensor[:share] if tensor.ndim and len(tensor) == size else tensor, batch
-        )
-
     def _norm_stats_kept(self) -> contextlib.AbstractContextManager[None]:
         """Around every pass that is not the clean one."""
         if self.amp_config.norm_stats == "both":
@@ -392,9 +395,17 @@ class AMPTrainerMixin(HubMixin):
         ):
             yield
 
-    def _accumulating(self, micro_batches: int) -> contextlib.AbstractContextManager[None]:
-        """The Trainer divides a loss by the number of micro-batches: inside, it is this one."""
-        return temporarily(self, "current_gradient_accumulation_steps", micro_batches)
+    @contextlib.contextmanager
+    def _accumulating(self, micro_batches: int) -> Iterator[None]:
+        """A loss is divided by the number of micro-batches: inside, it is this one.
+
+        The Trainer reads the first, a `compute_loss` that divides of its own the second.
+        """
+        with (
+            temporarily(self, "current_gradient_accumulation_steps", micro_batches),
+            temporarily(self.args, "gradient_accumulation_steps", micro_batches),
+        ):
+            yield
 
     def _start_window(self, window: list) -> None:
         """Forgets the optimizer step before, which a callback may have ended early."""

@@ -31,7 +31,9 @@ from support import (
     on,
     outcome,
     padded,
+    raise_at,
     recorded,
+    same,
     strokes,
     train,
     train_language_model,
@@ -653,6 +655,43 @@ def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_de
     assert logged(own, "amp/delta_norm") == pytest.approx(logged(divided, "amp/delta_norm"))
 
 
+class DividingTrainer(AMPTrainer):
+    """Divides by the micro-batches itself, as `loss_is_scaled_for_ga` is for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs["loss"] / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_loss_that_divides_by_the_micro_batches_itself_is_as_good(tmp_path, scope):
+    def run(cls):
+        config = always(epsilon=100.0, scope=scope)
+        return train(make(), tmp_path, config, cls=cls, gradient_accumulation_steps=4)
+
+    own, divided = run(DividingTrainer), run(AMPTrainer)
+    for key in ("loss", "amp/loss", "amp/sharpness", "amp/delta_norm"):
+        assert logged(own, key) == pytest.approx(logged(divided, key), rel=1e-3)
+    torch.testing.assert_close(weights(own.model), weights(divided.model))
+
+
+class UnannouncedTrainer(AMPTrainer):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+
+def test_batches_that_amp_does_not_see_are_refused(tmp_path):
+    options = dict(cls=UnannouncedTrainer, max_steps=1)
+    assert logged(train(make(), tmp_path, always(), **options), "amp/delta_norm")
+    with pytest.raises(ValueError, match=r"UnannouncedTrainer.get_batch_samples must call its"):
+        train(make(), tmp_path, always(), gradient_accumulation_steps=2, **options)
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 0.0), (float("inf"), 0.0), (-5.0, 0.05)])
 def test_no_loss_takes_delta_out_of_the_ball(tmp_path, loss, norm):
     """The loss of labels that are all ignored is NaN, and its gradient zero."""
@@ -768,6 +807,95 @@ def test_a_last_batch_of_few_samples_still_has_two_for_batch_norm(tmp_path):
     data = digits()[:19]  # a batch of 16 and one of 3
     trainer = train(make(ConvNet), tmp_path, always(ascent_fraction=0.25), data=data, max_steps=4)
     assert len(logged(trainer, "amp/loss")) == 4
+
+
+@pytest.mark.parametrize(
+    "added, sizes",
+    [
+        (lambda size: {"temperature": torch.tensor(2.0)}, (8, 16)),
+        (lambda size: {"names": ["x"] * size, "more": {"boxes": [{"n": 3}] * size}}, (8, 16)),
+        (lambda size: {"class_weight": torch.ones(10)}, None),
+    ],
+)
+def test_a_part_of_a_batch_is_a_part_of_all_that_it_holds(tmp_path, added, sizes):
+    seen = []
+
+    class Greedy(MLP):
+        def forward(self, pixels, labels=None, names=None, more=None, **kwargs):
+            seen.append({len(pixels), *map(len, filter(None, (names, (more or {}).get("boxes"))))})
+            return super().forward(pixels, labels)
+
+    def collate(rows):
+        columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return added(len(rows)) | columns
+
+    options = dict(trainer={"data_collator": collate}, remove_unused_columns=False, max_steps=1)
+    if sizes is None:
+        with pytest.raises(ValueError, match=r"ascent_fraction=0.5 .* lengths are \[10, 16\]"):
+            train(make(Greedy), tmp_path, always(ascent_fraction=0.5), **options)
+    else:
+        train(make(Greedy), tmp_path, always(ascent_fraction=0.5), **options)
+        assert seen == [{size} for size in sizes]
+
+
+class SkippingTrainer(AMPTrainer):
+    """Goes on where a micro-batch does not fit into the memory."""
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            return torch.tensor(0.0)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("reuse, failing", [(False, 2), (False, 5), (True, 10), (True, 13)])
+def test_a_trainer_that_survives_an_error_perturbs_what_follows(tmp_path, scope, reuse, failing):
+    model, lengths = make(), []
+    theta = [param.detach().clone() for param in model.parameters()]
+
+    def displacement(*_):
+        moved = [(a - b).norm() ** 2 for a, b in zip(model.parameters(), theta)]
+        lengths.append(round(sum(moved).sqrt().item(), 4))
+
+    model.register_forward_pre_hook(displacement)
+    raise_at(model, failing, torch.OutOfMemoryError("planted"))
+    config = always(scope=scope, ascent_reuse=reuse, ascent_every=2 if reuse else 1)
+    options = dict(gradient_accumulation_steps=4, learning_rate=0.0, max_steps=3)
+    trainer = train(model, tmp_path, config, cls=SkippingTrainer, **options)
+    assert set(lengths) == {0.0, 0.1}
+    # One pass a micro-batch is at θ + Δ, but for the one whose ascent failed.
+    assert lengths.count(0.1) == 11 + (lengths[failing - 1] == 0.1)
+    if scope == "micro_batch":  # else the rest of its step is compared with the whole
+        assert min(logged(trainer, "amp/sharpness")) > 0
+    assert same([param.detach() for param in model.parameters()], theta)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_evaluations_do_not_move_theta_of_a_schedule_free_optimizer(tmp_path, scope, reuse):
+    """Its parameters are elsewhere in evaluation: the step moves them back before Δ is added."""
+
+    def run(events):
+        def evaluate(event, state, control):
+            trainer.evaluate(digits()[:32])
+
+        config = always(
+            epsilon=0.5, scope=scope, ascent_reuse=reuse, ascent_every=3 if reuse else 1
+        )
+        trainer = trainer_for(
+            make(),
+            tmp_path,
+            config,
+            optim="schedule_free_sgd",
+            gradient_accumulation_steps=2,
+            trainer={"callbacks": [on(events, evaluate)]},
+        )
+        trainer.train()
+        trainer.optimizer.eval()
+        return weights(trainer.model)
+
+    torch.testing.assert_close(run(["on_step_end", "on_substep_end"]), run([]))
 
 
 def test_a_checkpoint_with_a_broken_config_is_resumed_with_a_warning(tmp_path, caplog):
