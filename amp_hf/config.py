@@ -122,9 +122,10 @@ class AMPConfig:
 
         An ascent costs one further pass. There is one at every k-th step of the last part of the
         training, and the steps between reuse its Δ. That part is 60 % of the training, as near as
-        a whole k lets it be with the whole budget spent. More than 1.3 is not spent: it gained
-        nothing further. A Δ that some steps have changed raises the loss less than a new one, so
-        its radius is larger than that of AMP at every step: 0.7, chosen on validation splits, for
+        a whole k lets it be with the whole budget spent, and less below 1.1: a Δ that was reused
+        for many more than six steps did harm. More than 1.3 is not spent: it gained nothing
+        further. A Δ that some steps have changed raises the loss less than a new one, so its
+        radius is larger than that of AMP at every step: 0.7, chosen on validation splits, for
         networks from scratch.
 
         It waits for the model to learn its data (`ascent_below` is 0.5, in nats for cross entropy):
@@ -146,7 +147,7 @@ class AMPConfig:
             )
         spare = min(float(budget) - 1, 0.3)
         # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
-        every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)))
+        every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)), 6)
         start = max(0.0, round(1 - every * spare, 6))
         return cls(
             epsilon=0.7,
