@@ -57,7 +57,10 @@ class Training:
         revision: the repository's branch, if it is not the main one.
         brings_code: whether it is loaded by code that lies beside it.
         task: the Hub's name of it, `None` where the model is of no known one.
-        steps: optimizer steps; `ascending` of them had ascents, `perturbed` an ascent or a Δ.
+        steps: optimizer steps; `ascending` of them had ascents, `perturbed` an ascent or a Δ, not
+            counting what checkpoints in between change.
+        best_step: the optimizer step whose model was loaded in the end, if it was not the last's.
+        is_perturbed: whether a step that led to this model was, by a Δ other than 0.
         delta_norm: ‖Δ‖₂, the mean of what was logged of it, if that was.
         seconds: what the steps took, if that was measured of all of them.
         history: what was evaluated in the course of the training, one mapping an evaluation.
@@ -73,6 +76,8 @@ class Training:
     steps: int
     ascending: int
     perturbed: int
+    best_step: int | None
+    is_perturbed: bool
     delta_norm: float | None
     seconds: float | None
     results: Results
@@ -129,7 +134,7 @@ def _describe(data: Any, training: Training, evidence: Evidence) -> None:
     if evidence.dataset and _is_hub_id(evidence.dataset):
         data.datasets = [evidence.dataset]
     tags = ["amp_hf"]
-    if training.amp_config.epsilon > 0:
+    if training.is_perturbed:
         tags.append("adversarial-model-perturbation")
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
     name = evidence.dataset or ", ".join(_listed(data.datasets)) or "unknown"
@@ -182,10 +187,17 @@ def _introduction(data: Any, training: Training, evidence: Evidence) -> str:
     what = f"This model is {base}, fine-tuned" if base else "This model was trained"
     if datasets:
         what += f" on {_links(datasets, 'datasets/')}"
+    if base or datasets:
+        what += ","
     if training.amp_config.epsilon == 0:
-        return f"{what}, without any perturbation (`epsilon=0`)."
+        return f"{what} without any perturbation (`epsilon=0`)."
+    if not training.is_perturbed:
+        return (
+            f"{what} without any perturbation: the settings below are those of Adversarial Model "
+            "Perturbation, but no step that led to this model was perturbed."
+        )
     return (
-        f"{what}, with Adversarial Model Perturbation (AMP; nothing to do with mixed precision)."
+        f"{what} with Adversarial Model Perturbation (AMP; nothing to do with mixed precision)."
         "\n\nAMP takes the gradient of a step not at the weights, but where the loss is worst in a "
         "small ball around them. So training avoids sharp minima, in favour of flat ones, which "
         "tend to generalize better and to be better calibrated."
@@ -321,8 +333,13 @@ def _cost(training: Training, evidence: Evidence) -> str:
         text += f", {'a further forward and backward pass' if config.inner_steps == 1 else count}"
         text += f" on {config.ascent_fraction:.0%} of the batch" * (config.ascent_fraction < 1)
     if training.perturbed > training.ascending:
-        text += f"; {training.perturbed - training.ascending:,} more reused the last perturbation"
+        text += (
+            f"; {training.perturbed - training.ascending:,} more reused the last perturbation, but "
+            "for the first after each checkpoint, which ascended anew"
+        )
     text += "."
+    if training.best_step is not None:
+        text += f" The model is that of step {training.best_step:,}, the best that was evaluated."
     if training.delta_norm is not None:
         text += f" ‖Δ‖₂ was {training.delta_norm:.3g} on average."
     if training.seconds is not None:

@@ -41,7 +41,7 @@ def train_twin(twin: AMPTrainer, sets: Sets, evidence: Evidence, resumes: bool) 
     twin.save_state()
     for name, dataset in sets.items():
         twin.evaluate(dataset, metric_key_prefix=name)
-    evidence.twin = results_of(twin.state.log_history)
+    evidence.twin = results_of(twin)
     if checkpoint is None:  # else it is a part of them
         evidence.twin_seconds = result.metrics["train_runtime"]
 

@@ -170,6 +170,9 @@ class HubMixin(_Parent):
         arguments |= {name: True for name in ("bf16", "fp16") if getattr(self.args, name)}
         seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
         norms = delta_norms(state)
+        best = best_step(self)
+        leading = steps if best is None else range(best)
+        perturbed = any(config.perturbs_at(step, state.max_steps) for step in leading)
         return Training(
             source=self.hub_model_id or str(self.args.output_dir),
             revision=self.args.hub_revision if self.hub_model_id else None,
@@ -181,9 +184,11 @@ class HubMixin(_Parent):
             steps=len(steps),
             ascending=sum(config.ascends_at(step, state.max_steps) for step in steps),
             perturbed=sum(config.perturbs_at(step, state.max_steps) for step in steps),
+            best_step=best,
+            is_perturbed=perturbed and (any(norms) or not norms),
             delta_norm=sum(norms) / len(norms) if norms else None,
             seconds=seconds[-1] if seconds and self._timed else None,
-            results=results_of(state.log_history),
+            results=results_of(self),
             history=parse_log_history(state.log_history)[1] or [],
         )
 
@@ -241,10 +246,23 @@ def _reason(error: BaseException | None) -> str:
     return f"{reason} ({meaning})" if meaning else reason
 
 
-def results_of(log_history: list[dict[str, float]]) -> Results:
-    """What `evaluate` logged last, by the prefix of its metrics."""
+def best_step(trainer: Trainer) -> int | None:
+    """The optimizer step whose model `load_best_model_at_end` has loaded, if it has."""
+    state = trainer.state
+    ended = any("train_runtime" in log for log in state.log_history)
+    loads = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if ended and loads else None
+
+
+def results_of(trainer: Trainer) -> Results:
+    """What `evaluate` logged last of the model as it is, by the prefix of its metrics."""
     results: Results = {}
-    for entry in log_history:
+    best = best_step(trainer)
+    ended = False
+    for entry in trainer.state.log_history:
+        ended = ended or "train_runtime" in entry
+        if best is not None and not ended and entry.get("step") != best:
+            continue
         for split in (key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")):
             if split != "train":
                 speed = {f"{split}_{name}" for name in _SPEED}

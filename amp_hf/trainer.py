@@ -424,12 +424,20 @@ class AMPTrainerMixin(HubMixin):
         self._ascended_steps = 0.0
 
     def _warn_if_never_perturbed(self) -> None:
-        norms = delta_norms(self.state)
-        if norms and not any(norms) and self.amp_config.ascent_below is not None:
+        config, state = self.amp_config, self.state
+        norms = delta_norms(state)
+        if norms and not any(norms) and config.ascent_below is not None:
             logger.warning(
-                f"No loss was below AMPConfig.ascent_below={self.amp_config.ascent_below:g}, so "
-                "that nothing was perturbed: the ascents cost time and changed nothing. Train "
-                "longer, raise ascent_below (inf: at any loss), or leave AMP out by epsilon=0."
+                f"No loss was below AMPConfig.ascent_below={config.ascent_below:g}, so that "
+                "nothing was perturbed: the ascents cost time and changed nothing. Train longer, "
+                "raise ascent_below (inf: at any loss), or leave AMP out by epsilon=0."
+            )
+        steps = range(state.global_step)
+        if config.epsilon > 0 and not any(config.perturbs_at(s, state.max_steps) for s in steps):
+            logger.warning(
+                f"Training ended at step {state.global_step} of {state.max_steps}, before the "
+                f"first perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it "
+                "may end early, use a smaller one."
             )
 
     def _compare_with_checkpoint(self, checkpoint: str | bool) -> None:

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from support import MLP, digits, make, padded, strokes, trainer_for
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
 from amp_hf.flatness import Eigenvalue, Flatness, Rise, Trace
@@ -138,12 +138,62 @@ def test_a_card_can_be_written_before_the_training_and_after_it_again(tmp_path):
     trainer.train()
     assert card_of(trainer).text.count("## Cost") == 1
     assert "2 of 8 steps" in card_of(trainer).text
+    assert "This model was trained with Adversarial" in card_of(trainer).text
 
 
 def test_steps_that_reuse_a_perturbation_are_counted_apart(tmp_path):
     config = AMPConfig(ascent_start=0.5, ascent_every=4, ascent_reuse=True)
     text = card_of(trained(tmp_path, config, max_steps=8)).text
     assert "1 of 8 steps had an ascent, a further forward and backward pass; 3 more reused" in text
+    assert "but for the first after each checkpoint" in text
+
+
+def stopping(folder, first_step):
+    """Learns too fast, and stops where that does not get better: the best model is loaded."""
+    trainer = trainer_for(
+        make(MLP),
+        folder,
+        AMPConfig(ascent_start=first_step / 40),
+        data=digits()[:200],
+        max_steps=40,
+        learning_rate=3.0,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        trainer={"eval_dataset": digits()[200:300], "callbacks": [EarlyStoppingCallback(2)]},
+    )
+    trainer.train()
+    return trainer
+
+
+def test_of_the_best_model_the_results_are_its_own(tmp_path):
+    trainer = stopping(tmp_path, 0)
+    assert trainer.state.best_global_step < trainer.state.global_step
+    card = card_of(trainer)
+    (result,) = (r for r in card.data.eval_results if r.metric_type == "loss")
+    assert result.metric_value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    assert f"The model is that of step {trainer.state.best_global_step}, the best" in card.text
+    trainer.evaluate(digits()[:50])
+    (result,) = (r for r in card_of(trainer).data.eval_results if r.metric_type == "loss")
+    assert result.metric_value == trainer.state.log_history[-1]["eval_loss"]
+
+
+def test_a_training_that_stops_before_the_first_ascent_says_so(tmp_path, caplog):
+    trainer = stopping(tmp_path, 34)
+    card = card_of(trainer)
+    assert "no step that led to this model was perturbed" in card.text
+    assert "adversarial-model-perturbation" not in card.data.tags
+    assert "before the first perturbed one: AMPConfig.ascent_start=0.85" in caplog.text
+
+
+def test_a_best_model_from_before_the_first_ascent_is_not_called_perturbed(tmp_path, caplog):
+    best = stopping(tmp_path / "a", 0).state.best_global_step
+    trainer = stopping(tmp_path / "b", best)
+    assert trainer.state.best_global_step == best < trainer.state.global_step
+    assert "no step that led to this model was perturbed" in card_of(trainer).text
+    assert "before the first perturbed one" not in caplog.text
 
 
 def test_a_resumed_training_has_no_time_because_only_a_part_was_measured(tmp_path):
@@ -172,7 +222,7 @@ def test_a_module_without_a_config_has_a_card(tmp_path):
 
     trainer = trainer_for(make(Plain), tmp_path, data=digits())
     trainer.train()
-    assert "This model was trained, with Adversarial Model Perturbation" in card_of(trainer).text
+    assert "This model was trained with Adversarial Model Perturbation" in card_of(trainer).text
 
 
 @pytest.mark.parametrize(
