@@ -134,6 +134,7 @@ def parse(
     parser = HfArgumentParser(
         arguments,
         description=description,
+        allow_abbrev=False,
         usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
     )
     parser.set_defaults(**_DEFAULTS | defaults)

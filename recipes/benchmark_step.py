@@ -285,7 +285,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__, allow_abbrev=False)
     try:
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:

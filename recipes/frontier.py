@@ -165,7 +165,7 @@ def plot(runs: Runs, path: Path) -> None:
 def main() -> None:
     try:
         (options,) = HfArgumentParser(
-            FrontierArguments, description=__doc__
+            FrontierArguments, description=__doc__, allow_abbrev=False
         ).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
         cells = [(key, row) for row in options.rows for key in options.settings]

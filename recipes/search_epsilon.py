@@ -3,11 +3,13 @@
     python recipes/search_epsilon.py --model resnet18 --from_scratch --ascent_start 0 --trials 12
     python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
 
-Further arguments are those of train_cifar10.py. Every trial trains from the same initial weights on
-the same images; the test set is not looked at. Prints the command that trains with what was found.
+Further arguments are those of train_cifar10.py. The stock Trainer (ε = 0) and then every trial
+train from the same initial weights on the same images; the test set is not looked at. Prints the
+command that trains with the best.
 """
 
 import copy
+import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -45,7 +47,7 @@ DEFAULTS = dict(
 
 def main() -> None:
     try:
-        parser = HfArgumentParser(SearchArguments, description=__doc__)
+        parser = HfArgumentParser(SearchArguments, description=__doc__, allow_abbrev=False)
         search, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         defaults = train_cifar10.DEFAULTS | DEFAULTS
         images, args, amp_config = parse(defaults, train_cifar10.FROM_SCRATCH_DEFAULTS, None, rest)
@@ -69,6 +71,10 @@ def main() -> None:
             )
         return metrics["eval_nll"]
 
+    trainer.amp_config = dataclasses.replace(amp_config, epsilon=0)
+    trainer.train()
+    unperturbed = objective(trainer.evaluate())
+    trainer.amp_config = amp_config
     try:
         best = trainer.hyperparameter_search(
             space,
@@ -81,9 +87,12 @@ def main() -> None:
     except ValueError as error:  # Optuna's, where every trial diverged
         sys.exit(f"search_epsilon.py: error: {error}")
     if best is not None:  # the main process
-        found = f"{best.hyperparameters['epsilon']:.4g}"
-        command = shlex.join(["python", "recipes/train_cifar10.py", *rest, "--epsilon", found])
-        print(f"\nBest: epsilon {found} (held-out NLL {best.objective:.4f})\n\n    {command}")
+        found, nll = best.hyperparameters["epsilon"], best.objective
+        if unperturbed <= nll:
+            print(f"\nNo epsilon was better than none: {found:.4g} was the best of them.")
+            found, nll = 0, unperturbed
+        command = ["python", "recipes/train_cifar10.py", *rest, "--epsilon", f"{found:.4g}"]
+        print(f"\nBest: epsilon {found:.4g} (held-out NLL {nll:.4f})\n\n    {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser((DigitsArguments, AMPConfig), description=__doc__)
+    parser = HfArgumentParser((DigitsArguments, AMPConfig), description=__doc__, allow_abbrev=False)
     parser.set_defaults(ascent_start=0.0)
     disable_progress_bar()  # of saving and loading
     try:

@@ -433,6 +433,8 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
         (search_epsilon, ["--validation_fraction=0"], "--validation_fraction must be above 0: "),
         (search_epsilon, ["--model=resnet8", "--dataset", "{data}"], "did you mean resnet18"),
         (train_digits, ["--budget=0"], "takes a finite number > 1"),
+        (train_digits, ["--seed=7"], "['--seed=7']"),  # not a short form of --seeds
+        (frontier, ["--row=ERM"], "['--row=ERM']"),
     ],
 )
 def test_bad_input_to_the_measuring_recipes_ends_with_one_line(
@@ -553,7 +555,7 @@ def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_w
     out = capsys.readouterr().out
     tried = re.findall(r"epsilon ([\d.]+): held-out accuracy [\d.]+, NLL ([\d.]+)", out)
     best, loss = re.search(r"Best: epsilon ([\d.]+) \(held-out NLL ([\d.]+)\)", out).groups()
-    assert len(tried) == 3
+    assert len(tried) == 4 and tried[0][0] == "0"
     assert (best, loss) == min(tried, key=lambda trial: float(trial[1]))
     command = shlex.split(out.splitlines()[-1])
     assert command[:2] == ["python", "recipes/train_cifar10.py"]
