@@ -167,7 +167,10 @@ class AMPConfig:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> AMPConfig:
         with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
+            try:
+                saved = json.load(file)
+            except ValueError:
+                saved = None
         if not isinstance(saved, dict):
             raise ValueError(f"{path} is not a JSON object.")
         if unknown := saved.keys() - {field.name for field in dataclasses.fields(cls)}:
@@ -177,18 +180,13 @@ class AMPConfig:
     def changes_since(self, path: str | os.PathLike[str]) -> list[str]:
         """What differs from the config in the JSON file at `path`, a sentence a field."""
         try:
-            with open(path, encoding="utf-8") as file:
-                saved = json.load(file)
-            if not isinstance(saved, dict):
-                raise ValueError
-        except ValueError:
-            return [f"{path} is not a JSON object"]
-        here = self.to_dict()
-        saved = AMPConfig().to_dict() | saved
+            saved = self.from_json_file(path).to_dict()
+        except ValueError as error:
+            return [str(error).removesuffix(".")]
         return [
-            f"{name} was {saved[name]!r} and is {here.get(name)!r}"
-            for name in sorted(saved)
-            if saved[name] != here.get(name)
+            f"{name} was {saved[name]!r} and is {value!r}"
+            for name, value in self.to_dict().items()
+            if saved[name] != value
         ]
 
     def ascends_at(self, step: int, max_steps: int) -> bool:

@@ -230,7 +230,10 @@ class LossSurface:
 
         Args:
             radius: > 0, in parameter units, over all trainable parameters together.
+            steps: >= 1.
         """
+        _check_positive(radius=radius)
+        _check_at_least(1, steps=steps)
         theta = list(torch._foreach_clone(self.params))
         perturbation = Perturbation(self.params, radius, "global")
         clean, gradient = self._loss_and_gradient()
@@ -260,6 +263,7 @@ class LossSurface:
             scale: s, the distance in lengths of θ: 0.1 moves every filter by a tenth of its norm.
             directions: how many, >= 2.
         """
+        _check_at_least(2, directions=directions)
         generator = self.generator()
         clean = self.loss()
         values = [
@@ -274,6 +278,7 @@ class LossSurface:
         Power iteration finds the eigenvalue of largest magnitude. Is it negative, the iteration
         goes on with H − λI, whose largest eigenvalue belongs to H's largest.
         """
+        _check_at_least(1, max_iterations=max_iterations)
         generator = self.generator()
         vector = _unit(self._gaussian(generator))
         shift, value, residual, converged = 0.0, 0.0, 0.0, False
@@ -299,6 +304,7 @@ class LossSurface:
         Args:
             probes: how many, >= 2.
         """
+        _check_at_least(2, probes=probes)
         generator = self.generator()
         values = []
         for _ in range(probes):
@@ -430,7 +436,13 @@ def measure(
         scale, directions: of `LossSurface.random_rise`.
         max_iterations: of `LossSurface.top_eigenvalue`.
         probes: of `LossSurface.trace`.
+
+    Raises:
+        ValueError: a radius or a count that is too small, before anything is measured.
     """
+    _check_positive(radius=radius)
+    _check_at_least(1, steps=steps, max_iterations=max_iterations)
+    _check_at_least(2, directions=directions, probes=probes)
     cost = 2 + worst_case_cost(steps) + directions + (max_iterations + probes) * _HESSIAN_PRODUCT
     with surface.announced("Flatness", cost):
         return Flatness(
@@ -449,6 +461,18 @@ def measure(
 def worst_case_cost(steps: int) -> int:
     """Of `LossSurface.worst_case`, in forward passes."""
     return steps * _GRADIENT + 1
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0, got {value!r}.")
+
+
+def _check_at_least(least: int, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count!r}.")
 
 
 def _size(batch: Batch) -> int:

@@ -100,6 +100,15 @@ def test_a_config_comes_back_from_a_dict_and_from_json_equal_to_itself(tmp_path)
         assert AMPConfig.from_json_file(tmp_path / "amp_config.json") == config
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_file_that_is_no_json_object_is_named(tmp_path, text):
+    path = tmp_path / "amp_config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"amp_config\.json is not a JSON object"):
+        AMPConfig.from_json_file(path)
+    assert AMPConfig().changes_since(path) == [f"{path} is not a JSON object"]
+
+
 def test_a_command_line_sets_every_field():
     parser = HfArgumentParser(AMPConfig)
     line = [word for name, value in UNUSUAL.to_dict().items() for word in (f"--{name}", str(value))]

@@ -334,6 +334,32 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert flat[0] == pytest.approx(flat[1], rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("radius", -0.1, "a finite number > 0, got -0.1"),
+        ("radius", 0.0, "a finite number > 0, got 0.0"),
+        ("steps", 0, "at least 1, got 0"),
+        ("directions", 1, "at least 2, got 1"),
+        ("max_iterations", 0, "at least 1, got 0"),
+        ("probes", 1, "at least 2, got 1"),
+    ],
+)
+def test_measures_of_nothing_are_refused_before_anything_is_measured(name, value, said):
+    surface = LossSurface(make(), digit_batches(1, 8), progress=False)
+    measures = {
+        "radius": surface.worst_case_rise,
+        "steps": lambda steps: surface.worst_case_rise(0.1, steps),
+        "directions": lambda directions: surface.random_rise(0.2, directions),
+        "max_iterations": surface.top_eigenvalue,
+        "probes": surface.trace,
+    }
+    surface.model.register_forward_pre_hook(lambda *_: pytest.fail("measured"))
+    for call in (measures[name], lambda value: measure(surface, **{name: value})):
+        with pytest.raises(ValueError, match=f"^{name} must be {said}"):
+            call(value)
+
+
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="no trainable parameters"):
         LossSurface(make(ConvNet).requires_grad_(False), digit_batches(4, 4))
