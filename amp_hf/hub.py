@@ -59,6 +59,12 @@ class HubMixin(_Parent):
         if self.args.hub_token is not None:
             self.args.hub_token = _Token(self.args.hub_token)
 
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._timed = not resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """The parent's, which also makes the branch `hub_revision`. Raises `HubError`."""
         with _failing(

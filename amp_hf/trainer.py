@@ -10,32 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import logging
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from .batches import first_samples
 from .config import AMPConfig
+from .configured import ConfiguredMixin
 from .engine import Engine, engine_for, temporarily
-from .hub import HubMixin, delta_norms
+from .hub import HubMixin
 from .parameters import ModelTensors, perturbed_parameters
 from .perturbation import Perturbation
 from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
 
-logger = logging.getLogger(__name__)
 
-AMP_CONFIG_NAME = "amp_config.json"
-
-
-class AMPTrainerMixin(HubMixin):
+class AMPTrainerMixin(ConfiguredMixin, HubMixin):
     """Trains with Adversarial Model Perturbation. Mix it into any subclass of `Trainer`, in front:
 
         class AMPSFTTrainer(AMPTrainerMixin, SFTTrainer): ...
@@ -100,15 +93,10 @@ class AMPTrainerMixin(HubMixin):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if resume_from_checkpoint:
-            self._compare_with_checkpoint(resume_from_checkpoint)
-        self._timed = not resume_from_checkpoint
         self._tensors = None
         self._loss_is_share = None
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-            self._warn_if_never_perturbed()
-            return result
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._perturbation.restore()  # where an interrupt hit the one in training_step
             self._start_window([])
@@ -157,44 +145,12 @@ class AMPTrainerMixin(HubMixin):
         finally:
             self._perturbation.restore()
 
-    def hyperparameter_search(
-        self, hp_space: Callable[[Any], dict[str, Any]] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The parent's; with Optuna, what `hp_space` returns may hold fields of `AMPConfig`, too.
-
-        A field that the trial does not choose is that of `amp_config`, which comes back in the end:
-        `trainer.amp_config = dataclasses.replace(trainer.amp_config, epsilon=…)` takes what was
-        found over.
-        """
-        before = self.amp_config
-        names = before.to_dict().keys()
-
-        def space(trial: Any) -> dict[str, Any]:
-            assert hp_space is not None
-            chosen = hp_space(trial)
-            own = {name: value for name, value in chosen.items() if name in names}
-            self.amp_config = dataclasses.replace(before, **own)
-            return {name: value for name, value in chosen.items() if name not in own}
-
-        try:
-            return super().hyperparameter_search(hp_space and space, *args, **kwargs)
-        finally:
-            self.amp_config = before
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._ascended_steps and self._run is self.state:
             means = self.accelerator.reduce(self._sums / self._ascended_steps, reduction="mean")
             logs |= zip(("amp/loss", "amp/sharpness", "amp/delta_norm"), means.tolist())
             self._start_statistics()
         super().log(logs, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        # Before the parent's part, which may push the folder to the Hub.
-        if self.args.should_save:
-            folder = str(output_dir or self.args.output_dir)
-            os.makedirs(folder, exist_ok=True)
-            self.amp_config.to_json_file(os.path.join(folder, AMP_CONFIG_NAME))
-        super().save_model(output_dir, *args, **kwargs)
 
     def _must_ascend(self) -> bool:
         """Whether there is no Δ that this step could reuse."""
@@ -422,35 +378,6 @@ class AMPTrainerMixin(HubMixin):
     def _start_statistics(self) -> None:
         self._sums = 0.0
         self._ascended_steps = 0.0
-
-    def _warn_if_never_perturbed(self) -> None:
-        config, state = self.amp_config, self.state
-        norms = delta_norms(state)
-        if norms and not any(norms) and config.ascent_below is not None:
-            logger.warning(
-                f"No loss was below AMPConfig.ascent_below={config.ascent_below:g}, so that "
-                "nothing was perturbed: the ascents cost time and changed nothing. Train longer, "
-                "raise ascent_below (inf: at any loss), or leave AMP out by epsilon=0."
-            )
-        steps = range(state.global_step)
-        if config.epsilon > 0 and not any(config.perturbs_at(s, state.max_steps) for s in steps):
-            logger.warning(
-                f"Training ended at step {state.global_step} of {state.max_steps}, before the "
-                f"first perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it "
-                "may end early, use a smaller one."
-            )
-
-    def _compare_with_checkpoint(self, checkpoint: str | bool) -> None:
-        """Warns where the checkpoint was trained with another `AMPConfig`."""
-        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        path = os.path.join(folder or "", AMP_CONFIG_NAME)
-        if not os.path.isfile(path):
-            return
-        if changes := self.amp_config.changes_since(path):
-            logger.warning(
-                f"Resuming {folder} with a different AMPConfig than it was trained with: "
-                f"{'; '.join(changes)}."
-            )
 
 
 class AMPTrainer(AMPTrainerMixin, Trainer):
