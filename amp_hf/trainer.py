@@ -35,7 +35,8 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
 
     Args:
         amp_config: the perturbation; `None` is `AMPConfig()`. With `epsilon=0` the trainer is its
-            parent, bit for bit.
+            parent, bit for bit. `trainer.amp_config` may be replaced between two steps, by a
+            callback that follows a schedule, say; `scope` and `perturb` stay for the whole run.
 
     Every other argument is the parent's. The logged `loss` is the clean one, at θ. Beside it stand
     `amp/loss` (at θ + Δ), `amp/sharpness` (their difference) and `amp/delta_norm` (‖Δ‖₂), each the
