@@ -27,7 +27,7 @@ def first_samples(batch: Any, fraction: float) -> Any:
     return _first(batch, max(2, round(sizes.pop() * fraction)))
 
 
-def _is_list(value: Any) -> bool:
+def _has_entries(value: Any) -> bool:
     return value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
 
 
@@ -35,7 +35,7 @@ def _lengths(value: Any) -> Iterator[int]:
     if isinstance(value, Mapping):
         for part in value.values():
             yield from _lengths(part)
-    elif _is_list(value):
+    elif _has_entries(value):
         yield len(value)
 
 
@@ -44,4 +44,4 @@ def _first(value: Any, size: int) -> Any:
         part: Any = copy.copy(value)  # a `BatchEncoding`, say, stays one
         part.update({name: _first(entry, size) for name, entry in value.items()})
         return part
-    return value[:size] if _is_list(value) else value
+    return value[:size] if _has_entries(value) else value
