@@ -535,6 +535,17 @@ def test_the_tables_of_the_evidence_are_those_of_its_results():
         assert evidence.SETTINGS[key].epsilon == max(accuracy, key=accuracy.get)
 
 
+def test_a_search_in_which_every_epsilon_does_harm_recommends_none(
+    tmp_path, data, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset", data, "--ascent_start=0", "--trials=1", "--lowest=20", "--highest=30"]
+    main_of(search_epsilon, monkeypatch, *SMALL.split(), *words)
+    out = capsys.readouterr().out
+    assert "No epsilon was better than none: 2" in out
+    assert out.splitlines()[-1].endswith("--epsilon 0")
+
+
 def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_with_it(
     tmp_path, data, capsys, monkeypatch
 ):
