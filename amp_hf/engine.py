@@ -119,6 +119,14 @@ class Engine:
         """
         return contextlib.nullcontext()
 
+    def at_theta(self, perturbation: Perturbation) -> contextlib.AbstractContextManager[None]:
+        """Inside, the parameters can be saved, whatever was interrupted.
+
+        Raises:
+            RuntimeError: not here, in the middle of a step.
+        """
+        return perturbation.at_theta()
+
     def joint_mean(self, loss: Tensor) -> Tensor:
         """Over what Δ is computed on: all ranks under `scope="batch"`, else this one."""
         loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
@@ -154,6 +162,13 @@ class _Sharded(Engine):
             return squares.sqrt().to(local)
 
         return norms
+
+    def at_theta(self, perturbation: Perturbation) -> contextlib.AbstractContextManager[None]:
+        # The ranks would have to gather it together, and the pass that was interrupted may have.
+        raise RuntimeError(
+            "The model cannot be saved in the middle of a perturbed step, where its parameters are "
+            "displaced: set `trainer.control.should_save`, which saves it after the step."
+        )
 
     def _copies(self, param: Any) -> int:
         """How many ranks keep this rank's shard of `param`."""

@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .perturbation import Perturbation, joint_blocks, joint_empty_like
-from .statistics import preserved_buffers, preserved_rng
+from .statistics import all_buffers, preserved_buffers, preserved_rng
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -406,7 +406,7 @@ class LossSurface:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            with preserved_rng(self.device), preserved_buffers(list(self.model.buffers())):
+            with preserved_rng(self.device), preserved_buffers(all_buffers(self.model)):
                 set_seed(self.seed)  # a model may draw in evaluation, too
                 yield
         finally:

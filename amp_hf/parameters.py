@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .perturbation import joint_blocks, joint_empty_like
-from .statistics import norm_buffers
+from .statistics import Buffer, norm_buffers
 
 
 def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
-    """The parameters that `AMPConfig.perturb` names, tied ones once, frozen ones too.
+    """The trainable parameters that `AMPConfig.perturb` names, tied ones once.
 
     Args:
         perturb: `"all"`, `"norm"` (those directly in a module whose class is called a norm:
@@ -44,6 +46,12 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
             f"{', '.join(list(named)[:3])}: use 'all', 'norm' or an expression that matches."
         )
     for name, param in trainable.items():
+        if param.is_complex():
+            raise ValueError(
+                f"Parameter {name} is {param.dtype}, for which no ball is defined here: keep its "
+                "real and imaginary parts as a real parameter (torch.view_as_real), or leave it "
+                "out by AMPConfig.perturb."
+            )
         if param.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"Parameter {name} is {param.dtype}, in which a perturbation would round away: "
@@ -68,13 +76,31 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
                 f"Module {sparse[id(param)]} has sparse gradients, which cannot be perturbed: "
                 "build it with sparse=False, or leave it out by AMPConfig.perturb."
             )
-    return list({id(param): param for param in chosen.values()}.values())
+    return list(dict.fromkeys(trainable.values()))
+
+
+def check_no_hooks(model: nn.Module) -> None:
+    """Raises `ValueError` where a backward pass would do more than compute gradients.
+
+    So do an optimizer that is fused into it (PyTorch's "How to save memory by fusing the optimizer
+    step into the backward pass") and one that takes the gradients away (torchao's offloading).
+    """
+    for name, param in model.named_parameters():
+        # The dictionary that `register_post_accumulate_grad_hook` fills.
+        if getattr(param, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"Parameter {name} has a hook of register_post_accumulate_grad_hook, which runs "
+                "within the backward pass, of which AMP makes two: let the optimizer step after "
+                "it, or use AMPConfig(epsilon=0)."
+            )
 
 
 class ModelTensors:
     """What a perturbed step touches of `model`: parameters, gradients and running statistics.
 
-    Callbacks may freeze parameters and unfreeze them during training.
+    Args:
+        optimizer: whose parameters need not all be the model's: a loss function may have some.
+        shard: the part of a parameter that this process keeps.
     """
 
     def __init__(
@@ -85,35 +111,57 @@ class ModelTensors:
         shard: Callable[[Tensor], Tensor],
     ) -> None:
         self.model = model
-        self.norm_buffers = norm_buffers(model)
+        self.trainable: list[nn.Parameter] = []  # all that a backward pass gives a gradient
+        self.perturbed: list[nn.Parameter] = []  # those of them that are displaced
+        self.norm_buffers: list[Buffer] = []
         self._perturb = perturb
+        self._optimizer = optimizer
         self._shard = shard
-        self._perturbed = perturbed_parameters(model, perturb)
-        # A loss function may have some that are not the model's.
-        optimized = (
-            [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
-        )
-        self._all = list(dict.fromkeys([*model.parameters(), *optimized]))
+        self._sharing: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._memory: dict[nn.Parameter, Tensor] = {}  # of a gradient, then of Δ, then of θ
+        self.update()
 
-    def trainable(self) -> list[nn.Parameter]:
-        """All that a backward pass gives a gradient."""
-        return [param for param in self._all if param.requires_grad]
+    def update(self) -> bool:
+        """Follows what callbacks add, freeze and unfreeze. Returns whether there was any of it.
 
-    def perturbed(self) -> list[nn.Parameter]:
-        """Those of them that are displaced. `ValueError` if there is none left."""
-        params = [param for param in self._perturbed if param.requires_grad]
-        return params or perturbed_parameters(self.model, self._perturb)
+        Raises:
+            ValueError: nothing is left to perturb, or what was added cannot be.
+        """
+        groups = self._optimizer.param_groups if self._optimizer else []
+        optimized = (param for group in groups for param in group["params"])
+        everything = dict.fromkeys(itertools.chain(self.model.parameters(), optimized))
+        trainable = [param for param in everything if param.requires_grad]
+        if list(map(id, trainable)) == list(map(id, self.trainable)):
+            return False
+        self.trainable = trainable
+        self.norm_buffers = norm_buffers(self.model)
+        self.perturbed, self._sharing = [], []
+        owners: dict[Any, nn.Parameter] = {}
+        for param in perturbed_parameters(self.model, self._perturb):
+            shard = self._shard(param)
+            memory = shard.data_ptr(), shard.shape, shard.stride()
+            owner = owners.setdefault(memory, param) if shard.numel() else param
+            if owner is param:
+                self.perturbed.append(param)
+            else:  # `a.data = b.data`: two Parameters, and one θ to displace
+                self._sharing.append((param, owner))
+        return True
+
+    def join_gradients(self) -> None:
+        """Parameters over one memory accumulate into one gradient, as one Parameter would."""
+        for param, owner in self._sharing:
+            param.grad = owner.grad
 
     @torch.no_grad()
-    def zeros(self, params: list[nn.Parameter], fresh: bool) -> list[Tensor]:
-        """Zeros shaped like the shards of `params`, in memory that is kept unless `fresh`.
+    def zeros(self, fresh: bool) -> list[Tensor]:
+        """Zeros shaped like the shards of `perturbed`, in memory that is kept unless `fresh`.
 
         A CPU would otherwise map it in again, page by page, in every step.
         """
-        if fresh or any(param not in self._memory for param in params):
-            self._memory = dict(zip(params, joint_empty_like(list(map(self._shard, params)))))
-        zeros = [self._memory[param] for param in params]
+        if fresh or any(param not in self._memory for param in self.perturbed):
+            shards = joint_empty_like(list(map(self._shard, self.perturbed)))
+            self._memory = dict(zip(self.perturbed, shards))
+        zeros = [self._memory[param] for param in self.perturbed]
         for block in joint_blocks(zeros):
             block.zero_()
         return zeros

@@ -11,8 +11,9 @@ Everything runs in place and without waiting for the device.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -214,10 +215,32 @@ class Perturbation:
     def restore(self) -> None:
         """Puts θ back and forgets Δ. Where the parameters are θ already, it does nothing."""
         if self._originals:
-            for params, originals in self._originals:
+            # Newest first: where two parameters share memory, the older one's original is θ.
+            for params, originals in reversed(self._originals):
                 torch._foreach_copy_(params, originals)
-            self._originals.clear()
             self._moved()
+            self._originals.clear()
+
+    @property
+    def is_displaced(self) -> bool:
+        return bool(self._originals)
+
+    @contextlib.contextmanager
+    def at_theta(self) -> Iterator[None]:
+        """The parameters are θ inside, whichever method or pass was interrupted, and then go on."""
+        # `data`: autograd is not to see that they change, as the backward pass may need them.
+        records = [
+            ([param.data for param in params], originals) for params, originals in self._originals
+        ]
+        kept: list[tuple[list[Tensor], list[Tensor]]] = []
+        try:
+            for params, originals in reversed(records):
+                kept.append((params, list(torch._foreach_clone(params))))
+                torch._foreach_copy_(params, originals)
+            yield
+        finally:
+            for params, displaced in reversed(kept):
+                torch._foreach_copy_(params, displaced)
 
     def _displace(
         self,

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 
-from .batches import first_samples
+from .batches import check_divisible, first_samples
 from .config import AMPConfig
 from .configured import ConfiguredMixin
 from .engine import Engine, engine_for, temporarily
 from .hub import HubMixin
-from .parameters import ModelTensors, perturbed_parameters
+from .parameters import ModelTensors, check_no_hooks, perturbed_parameters
 from .perturbation import Perturbation
 from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
 
@@ -58,11 +58,10 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
     _clean_losses: list[Tensor]  # at θ, of the micro-batches that Δ holds for and that are to come
 
     # The run that what follows is about, its last perturbed step and its last one with an ascent,
-    # and the parameters and the Δ of that, where it can be reused.
+    # and the Δ of that, where it can be reused.
     _run: TrainerState | None
     _last_perturbed: int
     _last_ascent: int
-    _perturbed: list[nn.Parameter]
     _reusable: Perturbation | None
 
     # Sums over the steps with an ascent since the last log.
@@ -90,6 +89,7 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
         if self.amp_config.epsilon > 0:
             engine_for(self.amp_config, self.accelerator, self.args, self.model)
             perturbed_parameters(self.model, self.amp_config.perturb)  # for its refusals
+            check_no_hooks(self.model)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -122,10 +122,10 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
             The parent's loss at θ, 0-dimensional.
         """
         step, config = self.state.global_step, self.amp_config
+        if self._run is not self.state:  # a new run, or a smaller batch size is tried
+            self._start_run(inputs)
         if not config.perturbs_at(step, self.state.max_steps):
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._run is not self.state:  # a new run, or a smaller batch size is tried
-            self._start_run()
         # As the parent's step does, but before Δ is added: an evaluation may have moved the
         # parameters of a schedule-free optimizer, and what this brings them back to is θ.
         train = getattr(self.optimizer, "train", None)
@@ -146,21 +146,31 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
         finally:
             self._perturbation.restore()
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._ascended_steps and self._run is self.state:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The training's own log, which alone has a `start_time`, comes on all ranks together.
+        is_own = "loss" in logs and start_time is not None
+        if is_own and self._ascended_steps and self._run is self.state:
             means = self.accelerator.reduce(self._sums / self._ascended_steps, reduction="mean")
             logs |= zip(("amp/loss", "amp/sharpness", "amp/delta_norm"), means.tolist())
             self._start_statistics()
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's. Saves θ, also where a signal handler calls it in the middle of a step."""
+        if not self._perturbation.is_displaced:
+            super().save_model(*args, **kwargs)
+            return
+        with self._engine.at_theta(self._perturbation):
+            super().save_model(*args, **kwargs)
 
     def _must_ascend(self) -> bool:
         """Whether there is no Δ that this step could reuse."""
-        if self._reusable is None:
+        config = self.amp_config
+        if self._reusable is None or not config.ascent_reuse:
             return True
         assert self._tensors is not None
-        # Callbacks may have frozen parameters or unfrozen them.
-        changed = list(map(id, self._perturbed)) != list(map(id, self._tensors.perturbed()))
-        return changed or self.state.global_step - self._last_ascent >= self.amp_config.ascent_every
+        since = self.state.global_step - self._last_ascent
+        return self._tensors.update() or since >= config.ascent_every
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
@@ -225,7 +235,7 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
             if self._engine.learns_graph(model):
                 self._traceless_pass(model, inputs, num_items_in_batch)
         engine = self._engine
-        perturbed = self._perturbed = self._tensors.perturbed()
+        self._tensors.update()
         if not self._window and getattr(self, "current_gradient_accumulation_steps", 1) > 1:
             raise ValueError(
                 f"{type(self).__name__}.get_batch_samples must call its parent's, where AMP takes "
@@ -255,13 +265,12 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
             if config.ascent_fraction < 1:
                 batches = [first_samples(batch, config.ascent_fraction) for batch in batches]
                 num_items = self._count_items(batches)
-            losses = self._ascents(model, perturbed, batches, num_items, share)
+            losses = self._ascents(model, batches, num_items, share)
         self._clean_losses = [loss / scale for loss in losses]
 
     def _ascents(
         self,
         model: nn.Module,
-        perturbed: list[nn.Parameter],
         batches: list,
         num_items: Tensor | int | None,
         share: float,
@@ -271,19 +280,21 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
         Their sum times `share` is the mean loss of all of them.
         """
         assert self._tensors is not None
+        perturbed = self._tensors.perturbed
         rate = self.amp_config.inner_lr * share / self._engine.loss_scale()
         self._perturbation = self._engine.perturbation(perturbed, model, self.amp_config)
         self._reusable = None  # its Δ is where the gradient comes to
         clean_losses: list[Tensor] = []
         for ascent in range(self.amp_config.inner_steps):
             # θ is in the memory of the last one.
-            gradient = self._tensors.zeros(perturbed, fresh=ascent > 0)
+            gradient = self._tensors.zeros(fresh=ascent > 0)
             with (
                 preserved_rng(self.args.device),
                 self._norm_stats_kept() if ascent else contextlib.nullcontext(),
-                gradients_set_aside(self._tensors.trainable()),
+                gradients_set_aside(self._tensors.trainable),
                 self._engine.ascent(model, perturbed, gradient, self._is_last()),
             ):
+                self._tensors.join_gradients()
                 for batch in batches:
                     # A copy, because computing the loss may take the labels out.
                     loss = super().training_step(model, copy.copy(batch), num_items)
@@ -323,7 +334,7 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
         with (
             preserved_rng(self.args.device),
             preserved_buffers(self._tensors.norm_buffers),
-            gradients_set_aside(self._tensors.trainable()),
+            gradients_set_aside(self._tensors.trainable),
         ):
             return super().training_step(model, copy.copy(batch), num_items)
 
@@ -370,8 +381,14 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
         self._clean_losses = []
         self._perturbation = Perturbation([], 0.0, "global")
 
-    def _start_run(self) -> None:
+    def _start_run(self, inputs: dict[str, Any]) -> None:
         self._run = self.state
+        config = self.amp_config
+        # FSDP and DeepSpeed have hooks of their own by now.
+        if config.epsilon > 0 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_no_hooks(self.model)  # of `create_optimizer`, say
+        if config.epsilon > 0 and config.ascent_fraction < 1:
+            check_divisible(inputs, config.ascent_fraction)
         self._last_perturbed = -1
         self._reusable = None
         self._start_statistics()
