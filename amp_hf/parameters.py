@@ -10,20 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .perturbation import joint_blocks, joint_empty_like
-from .statistics import Buffer, norm_buffers
+from .blocks import JointTensors
+from .preserve import Buffer, norm_buffers
 
 
-def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
-    """The trainable parameters that `AMPConfig.perturb` names, tied ones once.
+def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
+    """The trainable parameters that `AMPConfig.perturb` names, by name; tied ones once.
 
     Args:
         perturb: `"all"`, `"norm"` (those directly in a module whose class is called a norm:
             BatchNorm2d, LayerNorm, LlamaRMSNorm, timm's BatchNormAct2d, …) or a regular expression
             that is searched for in the parameters' names.
-
-    Raises:
-        ValueError: none of them is trainable, or one that is could not be perturbed exactly.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     if perturb == "all":
@@ -37,15 +34,24 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
         }
     else:
         chosen = {name: param for name, param in named.items() if re.search(perturb, name)}
+    names: dict[nn.Parameter, str] = {}
+    for name, param in chosen.items():
+        if param.requires_grad:
+            names.setdefault(param, name)
+    return {name: param for param, name in names.items()}
 
-    trainable = {name: param for name, param in chosen.items() if param.requires_grad}
-    if not trainable:
+
+def check_perturbable(model: nn.Module, perturb: str) -> None:
+    """Raises `ValueError` if `perturb` names no trainable parameter, or one that would go wrong."""
+    params = perturbed_parameters(model, perturb)
+    if not params:
+        names = ", ".join(name for name, _ in itertools.islice(model.named_parameters(), 3))
         raise ValueError(
             f"AMPConfig.perturb={perturb!r} matches no trainable parameter of "
-            f"{type(model).__name__}, whose parameters are named like "
-            f"{', '.join(list(named)[:3])}: use 'all', 'norm' or an expression that matches."
+            f"{type(model).__name__}, whose parameters are named like {names}: use 'all', 'norm' "
+            "or an expression that matches."
         )
-    for name, param in trainable.items():
+    for name, param in params.items():
         if param.is_complex():
             raise ValueError(
                 f"Parameter {name} is {param.dtype}, for which no ball is defined here: keep its "
@@ -58,32 +64,28 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
                 "load the model with dtype=torch.float32 and set bf16=True or fp16=True in "
                 "TrainingArguments, which computes in half precision over float32 parameters."
             )
-    devices = {str(param.device): name for name, param in trainable.items()}
+    devices = {str(param.device): name for name, param in params.items()}
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ValueError(
             f"The perturbed parameters lie on several devices ({where}): load the model without a "
             "device_map that splits it."
         )
-    sparse = {
-        id(module.weight): name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    }
-    for param in trainable.values():
-        if id(param) in sparse:
+    for name, module in model.named_modules():
+        sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        if sparse and any(param is module.weight for param in params.values()):
             raise ValueError(
-                f"Module {sparse[id(param)]} has sparse gradients, which cannot be perturbed: "
-                "build it with sparse=False, or leave it out by AMPConfig.perturb."
+                f"Module {name} has sparse gradients, which cannot be perturbed: build it with "
+                "sparse=False, or leave it out by AMPConfig.perturb."
             )
-    return list(dict.fromkeys(trainable.values()))
 
 
 def check_no_hooks(model: nn.Module) -> None:
     """Raises `ValueError` where a backward pass would do more than compute gradients.
 
-    So do an optimizer that is fused into it (PyTorch's "How to save memory by fusing the optimizer
-    step into the backward pass") and one that takes the gradients away (torchao's offloading).
+    An optimizer that is fused into it does (PyTorch's "How to save memory by fusing the optimizer
+    step into the backward pass"), and so does one that takes the gradients away (torchao's
+    offloading).
     """
     for name, param in model.named_parameters():
         # The dictionary that `register_post_accumulate_grad_hook` fills.
@@ -95,12 +97,17 @@ def check_no_hooks(model: nn.Module) -> None:
             )
 
 
-class ModelTensors:
-    """What a perturbed step touches of `model`: parameters, gradients and running statistics.
+class StepTensors:
+    """The tensors of a model that a perturbed step touches.
 
     Args:
-        optimizer: whose parameters need not all be the model's: a loss function may have some.
+        optimizer: some of its parameters may not be the model's: a loss function may have some.
         shard: the part of a parameter that this process keeps.
+
+    Attributes:
+        trainable: all parameters that a backward pass gives a gradient.
+        perturbed: those of them that are displaced.
+        norm_buffers: the running statistics of normalization layers.
     """
 
     def __init__(
@@ -111,21 +118,22 @@ class ModelTensors:
         shard: Callable[[Tensor], Tensor],
     ) -> None:
         self.model = model
-        self.trainable: list[nn.Parameter] = []  # all that a backward pass gives a gradient
-        self.perturbed: list[nn.Parameter] = []  # those of them that are displaced
+        self.trainable: list[nn.Parameter] = []
+        self.perturbed: list[nn.Parameter] = []
         self.norm_buffers: list[Buffer] = []
         self._perturb = perturb
         self._optimizer = optimizer
         self._shard = shard
+        # Parameters that share memory with a perturbed one, and that one.
         self._sharing: list[tuple[nn.Parameter, nn.Parameter]] = []
-        self._memory: dict[nn.Parameter, Tensor] = {}  # of a gradient, then of Δ, then of θ
+        self._joint: JointTensors | None = None
         self.update()
 
     def update(self) -> bool:
-        """Follows what callbacks add, freeze and unfreeze. Returns whether there was any of it.
+        """Follows what callbacks add, freeze and unfreeze. Returns whether anything changed.
 
         Raises:
-            ValueError: nothing is left to perturb, or what was added cannot be.
+            ValueError: nothing is left to perturb, or what was added cannot be perturbed.
         """
         groups = self._optimizer.param_groups if self._optimizer else []
         optimized = (param for group in groups for param in group["params"])
@@ -133,11 +141,12 @@ class ModelTensors:
         trainable = [param for param in everything if param.requires_grad]
         if list(map(id, trainable)) == list(map(id, self.trainable)):
             return False
+        check_perturbable(self.model, self._perturb)
         self.trainable = trainable
         self.norm_buffers = norm_buffers(self.model)
-        self.perturbed, self._sharing = [], []
+        self.perturbed, self._sharing, self._joint = [], [], None
         owners: dict[Any, nn.Parameter] = {}
-        for param in perturbed_parameters(self.model, self._perturb):
+        for param in perturbed_parameters(self.model, self._perturb).values():
             shard = self._shard(param)
             memory = shard.data_ptr(), shard.shape, shard.stride()
             owner = owners.setdefault(memory, param) if shard.numel() else param
@@ -153,15 +162,12 @@ class ModelTensors:
             param.grad = owner.grad
 
     @torch.no_grad()
-    def zeros(self, fresh: bool) -> list[Tensor]:
+    def zeros(self, fresh: bool) -> JointTensors:
         """Zeros shaped like the shards of `perturbed`, in memory that is kept unless `fresh`.
 
         A CPU would otherwise map it in again, page by page, in every step.
         """
-        if fresh or any(param not in self._memory for param in self.perturbed):
-            shards = joint_empty_like(list(map(self._shard, self.perturbed)))
-            self._memory = dict(zip(self.perturbed, shards))
-        zeros = [self._memory[param] for param in self.perturbed]
-        for block in joint_blocks(zeros):
-            block.zero_()
-        return zeros
+        if fresh or self._joint is None:
+            self._joint = JointTensors([self._shard(param) for param in self.perturbed])
+        self._joint.zero_()
+        return self._joint

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import Trainer
 
 from amp_hf import AMPTrainer
+from amp_hf.blocks import JointTensors
 from amp_hf.perturbation import Perturbation
-from amp_hf.statistics import norm_buffers, preserved_buffers, preserved_rng
+from amp_hf.preserve import norm_buffers, preserved_buffers, preserved_rng
 
 ONTO_THE_BALL = 1e6  # a rate that takes any direction there
 
@@ -19,20 +20,26 @@ ONTO_THE_BALL = 1e6  # a rate that takes any direction there
 class BF16Ascents(AMPTrainer):
     """The ascents in bf16, the step itself in the precision that it has."""
 
-    def _ascents(self, *args) -> list[Tensor]:
-        with torch.autocast(self.args.device.type, torch.bfloat16):
-            return super()._ascents(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        inner_passes = self._step._inner_passes
+
+        def in_bf16(*args) -> list[Tensor]:
+            with torch.autocast(self.args.device.type, torch.bfloat16):
+                return inner_passes(*args)
+
+        self._step._inner_passes = in_bf16
 
 
 class RateFollowingRadius(AMPTrainer):
     """The radius falls with the learning rate, from ε where that is highest."""
 
-    def _ascents(self, *args) -> list[Tensor]:
+    def training_step(self, *args):
         rate = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
         config = self.amp_config
         self.amp_config = replace(config, epsilon=config.epsilon * rate)
         try:
-            return super()._ascents(*args)
+            return super().training_step(*args)
         finally:
             self.amp_config = config
 
@@ -47,7 +54,7 @@ class FreeAscent(AMPTrainer):
         params = list(self.model.parameters())
         perturbation = Perturbation(params, self.amp_config.epsilon, "global")
         if self.state.global_step:
-            perturbation.ascend(self.direction(params), ONTO_THE_BALL)
+            perturbation.ascend(JointTensors.copy_of(self.direction(params)), ONTO_THE_BALL)
         try:
             return Trainer.training_step(self, model, inputs, num_items_in_batch)
         finally:
@@ -96,7 +103,7 @@ class LookSAM(AMPTrainer):
             loss, plain = step()
         model.zero_grad()
         perturbation = Perturbation(params, self.amp_config.epsilon, "global")
-        perturbation.ascend([gradient.clone() for gradient in plain], ONTO_THE_BALL)
+        perturbation.ascend(JointTensors.copy_of(plain), ONTO_THE_BALL)
         try:
             with preserved_buffers(norm_buffers(model)):
                 gradient = step()[1]

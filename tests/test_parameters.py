@@ -19,7 +19,7 @@ from support import (
 from torch import nn
 
 from amp_hf import AMPConfig
-from amp_hf.parameters import perturbed_parameters
+from amp_hf.parameters import check_perturbable
 
 SCOPES = ["micro_batch", "batch"]
 
@@ -148,8 +148,8 @@ def test_complex_parameters_are_refused_for_what_they_are():
     model = make()
     model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"Parameter phase is torch\.complex64.*real and imagin"):
-        perturbed_parameters(model, "all")
-    assert perturbed_parameters(model, "fc")
+        check_perturbable(model, "all")
+    check_perturbable(model, "fc")
 
 
 def optimizers_in_hooks(model):

@@ -88,7 +88,8 @@ def test_where_the_parameters_are_sharded_a_save_in_mid_step_is_refused(tmp_path
 
     def arm(event, state, control):
         if state.global_step == 1:
-            trainer._engine.at_theta = _Sharded.at_theta.__get__(trainer._engine)
+            engine = trainer._step.run.engine
+            engine.at_theta = _Sharded.at_theta.__get__(engine)
             trainer.model.register_forward_pre_hook(save)
 
     trainer.add_callback(on(["on_step_begin"], arm))

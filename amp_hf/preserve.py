@@ -1,4 +1,4 @@
-"""State that a further pass must not disturb: generators, norm buffers, accumulated gradients."""
+"""State that a further pass must leave as it was: generators, buffers, gradients, attributes."""
 
 from __future__ import annotations
 
@@ -74,3 +74,14 @@ def gradients_set_aside(params: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for param, gradient in zip(params, accumulated):
             param.grad = gradient
+
+
+@contextlib.contextmanager
+def temporarily(owner: object, name: str, value: object) -> Iterator[None]:
+    """`owner.name` is `value` inside. `AttributeError` where there is no such attribute."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

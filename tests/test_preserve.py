@@ -6,7 +6,7 @@ import torch
 from support import rng_states
 from torch import nn
 
-from amp_hf.statistics import norm_buffers, preserved_buffers, preserved_rng
+from amp_hf.preserve import norm_buffers, preserved_buffers, preserved_rng
 
 
 class Model(nn.Module):
