@@ -21,9 +21,9 @@ from train_digits import digits
 from transformers import PrinterCallback
 
 from amp_hf import AMPTrainer
-from amp_hf.evidence import unaugmented
 from amp_hf.flatness import LossSurface
-from amp_hf.image_classification import build, parse
+from amp_hf.images.classification import build, parse
+from amp_hf.images.comparison import unaugmented
 
 CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
 UNUSED = os.path.join(CACHE, "unused")

@@ -18,8 +18,8 @@ import optuna
 import train_cifar10
 from transformers import HfArgumentParser, PrinterCallback
 
-from amp_hf.image_arguments import parse
-from amp_hf.image_classification import build
+from amp_hf.images.arguments import parse
+from amp_hf.images.classification import build
 
 
 @dataclass

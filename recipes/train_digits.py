@@ -32,11 +32,11 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from amp_hf import AMPConfig, AMPTrainer
-from amp_hf.augment import eval_transform
 from amp_hf.flatness import LossSurface
+from amp_hf.images.augment import eval_transform
+from amp_hf.images.data import ImageDataset, as_is, build_model, preprocessing
 from amp_hf.metrics import compute_metrics
 from amp_hf.pictures import draw_loss_curves, loss_curves, save
-from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
 
 MODEL = "test_resnet"  # timm's smallest ResNet, 0.4 million parameters
 BATCH_SIZE = 32

@@ -19,9 +19,9 @@ from huggingface_hub import ModelCard
 from images import parquet_folder, rows
 from support import MLP, differing, make, on, trainer_for, weights
 
-from amp_hf import evidence
 from amp_hf.hub import HubError
-from amp_hf.image_classification import main
+from amp_hf.images import comparison
+from amp_hf.images.classification import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
@@ -295,7 +295,7 @@ def test_what_cannot_be_measured_for_the_card_keeps_no_model_from_the_hub(
 ):
     data = parquet_folder(tmp_path / "data", train=32, test=32)
     error = RuntimeError("derivative for aten::something is not implemented")
-    monkeypatch.setattr(evidence.LossSurface, "trace", lambda *_: raise_(error))
+    monkeypatch.setattr(comparison.LossSurface, "trace", lambda *_: raise_(error))
     words = [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path / 'out'}", "--flatness"]
     words += ["--push_to_hub", f"--hub_model_id={REPO}", f"--hub_token={hub.token}"]
     with pytest.raises(RuntimeError, match="aten::something"):

@@ -17,9 +17,11 @@ from PIL import Image
 from support import differing
 from transformers import AutoModelForImageClassification, Trainer
 
-from amp_hf import AMPConfig, AMPTrainer, image_classification, vision
-from amp_hf.augment import eval_transform
-from amp_hf.image_classification import ImageArguments, main, parse
+from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.images import classification
+from amp_hf.images import data as image_data
+from amp_hf.images.augment import eval_transform
+from amp_hf.images.classification import ImageArguments, main, parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.append(str(RECIPES))
@@ -115,8 +117,8 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
     assert flatness["AMP"]["samples"] == 96
     for name, path in (("AMP", folder), ("ERM", folder / "_erm")):  # of the images as they are
         model = AutoModelForImageClassification.from_pretrained(path).eval()
-        geometry, mean, std = vision.preprocessing(model)
-        plain = vision.ImageDataset(
+        geometry, mean, std = image_data.preprocessing(model)
+        plain = image_data.ImageDataset(
             rows(0, 96), "img", "label", geometry, eval_transform(mean, std)
         )
         with torch.no_grad():
@@ -136,7 +138,7 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
 def test_pictures_without_matplotlib_are_refused_before_the_training(
     tmp_path, data, capsys, monkeypatch
 ):
-    monkeypatch.setattr(image_classification, "find_spec", lambda name: None)
+    monkeypatch.setattr(classification, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main({}, {}, None, [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path}",
                             "--flatness"])  # fmt: skip
@@ -274,7 +276,7 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(
 
 
 def test_an_image_that_a_worker_cannot_decode_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(vision, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_data, "IN_MEMORY_BYTES", 0)
     data = rows(0, 64).cast_column("img", datasets.Image(decode=False))
     cells = data[:]
     cells["img"][13] = {"bytes": b"\x89PNG\r\n broken", "path": None}

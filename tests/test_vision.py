@@ -9,9 +9,9 @@ from images import NAMES, image_folder, parquet_folder, rows
 from PIL import Image
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
-from amp_hf import vision
-from amp_hf.augment import eval_transform, train_transform
-from amp_hf.vision import (
+from amp_hf.images import data as image_data
+from amp_hf.images.augment import eval_transform, train_transform
+from amp_hf.images.data import (
     EpochCallback,
     ImageDataset,
     ImageDecodeError,
@@ -173,7 +173,7 @@ def test_a_corrupt_image_is_named_by_its_index(tmp_path):
 
 
 def lazily(monkeypatch):
-    monkeypatch.setattr(vision, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_data, "IN_MEMORY_BYTES", 0)
 
 
 def test_images_decoded_lazily_are_those_decoded_once(monkeypatch):

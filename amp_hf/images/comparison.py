@@ -12,11 +12,10 @@ from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
-from .augment import eval_transform
-from .card import Evidence
-from .flatness import LossSurface, measure
-from .hub import results_of
-from .pictures import (
+from ..card import Evidence
+from ..flatness import LossSurface, measure
+from ..hub import results_of
+from ..pictures import (
     draw_loss_contours,
     draw_loss_curves,
     draw_reliability,
@@ -26,8 +25,9 @@ from .pictures import (
     save,
     write_json,
 )
-from .trainer import AMPTrainer
-from .vision import ImageDataset, preprocessing
+from ..trainer import AMPTrainer
+from .augment import eval_transform
+from .data import ImageDataset, preprocessing
 
 Sets = dict[str, ImageDataset]
 

@@ -3,7 +3,7 @@
 A model is a transformers `TimmWrapperForImageClassification`: everything that it takes to load it
 again (architecture, class names, preprocessing) is in its config.json, so it loads with
 `AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline` without this package. The
-networks of `amp_hf.models` need `trust_remote_code=True` for that.
+networks of `amp_hf.images.models` need `trust_remote_code=True` for that.
 """
 
 from __future__ import annotations

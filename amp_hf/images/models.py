@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Networks for images of 32 pixels, registered with timm: the AMP paper's, and small-image ResNets.
 
-    import amp_hf.models, timm
+    import amp_hf.images.models, timm
 
     timm.create_model("preactresnet18", num_classes=10)
 

@@ -20,14 +20,14 @@ import torch
 from transformers import TimmWrapperForImageClassification, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..card import Evidence
+from ..config import AMPConfig
+from ..hub import HubError
+from ..metrics import compute_metrics
+from ..trainer import AMPTrainer
+from .arguments import ImageArguments, parse
 from .augment import eval_transform, train_transform
-from .card import Evidence
-from .config import AMPConfig
-from .hub import HubError
-from .image_arguments import ImageArguments, parse
-from .metrics import compute_metrics
-from .trainer import AMPTrainer
-from .vision import (
+from .data import (
     EpochCallback,
     ImageDataset,
     ImageDecodeError,
@@ -262,7 +262,7 @@ def _all_finite(results: dict[str, float]) -> bool:
 def _gather_evidence(
     images: ImageArguments, trainer: AMPTrainer, sets: dict[str, ImageDataset]
 ) -> None:
-    from . import evidence
+    from . import comparison
 
     regularized = trainer.amp_config.epsilon > 0
     trainers = {}
@@ -281,14 +281,14 @@ def _gather_evidence(
             eval_dataset=trainer.eval_dataset,
         )
         resumes = bool(args.resume_from_checkpoint)
-        evidence.train_twin(twin, sets, trainer.evidence, resumes)
+        comparison.train_twin(twin, sets, trainer.evidence, resumes)
         trainers["ERM"] = twin
     trainers["AMP" if regularized else "ERM"] = trainer
     if "test" in sets:
-        evidence.draw_calibration(trainer, trainers, "test", sets["test"])
+        comparison.draw_calibration(trainer, trainers, "test", sets["test"])
     if images.flatness:
         folders = {name: str(each.args.output_dir) for name, each in trainers.items()}
-        evidence.measure_flatness(trainer, folders)
+        comparison.measure_flatness(trainer, folders)
 
 
 _SUMMARY = """

@@ -12,8 +12,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .card import LICENSES
-from .config import AMPConfig
+from ..card import LICENSES
+from ..config import AMPConfig
 
 
 @dataclass
