@@ -22,7 +22,8 @@ from transformers import PrinterCallback
 
 from amp_hf import AMPTrainer
 from amp_hf.flatness import LossSurface
-from amp_hf.images.classification import build, parse
+from amp_hf.images.arguments import parse
+from amp_hf.images.building import build
 from amp_hf.images.comparison import unaugmented
 
 CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")

@@ -19,7 +19,7 @@ import train_cifar10
 from transformers import HfArgumentParser, PrinterCallback
 
 from amp_hf.images.arguments import parse
-from amp_hf.images.classification import build
+from amp_hf.images.building import build
 
 
 @dataclass

@@ -34,7 +34,8 @@ from transformers.utils.logging import disable_progress_bar
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.flatness import LossSurface
 from amp_hf.images.augment import eval_transform
-from amp_hf.images.data import ImageDataset, as_is, build_model, preprocessing
+from amp_hf.images.backbones import build_model, preprocessing
+from amp_hf.images.data import ImageDataset, as_is
 from amp_hf.metrics import compute_metrics
 from amp_hf.pictures import draw_loss_curves, loss_curves, save
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,12 +17,15 @@ import torch
 import transformers.utils.hub
 from hub_server import Hub
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from images import parquet_folder, rows
-from support import MLP, differing, make, on, trainer_for, weights
+from support import MLP, always, differing, make, on, trainer_for, weights
+from transformers import Trainer
 
-from amp_hf.hub import HubError
+from amp_hf import AMPTrainer
 from amp_hf.images import comparison
 from amp_hf.images.classification import main
+from amp_hf.images.pushing import HubError, RecipeTrainer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
@@ -41,7 +45,7 @@ def hub(monkeypatch):
 
 def pushing(folder, hub, **kwargs):
     own = dict(push_to_hub=True, hub_model_id=REPO, hub_token=hub.token, max_steps=4)
-    trainer = trainer_for(make(MLP), folder, **own | kwargs)
+    trainer = trainer_for(make(MLP), folder, **dict(cls=RecipeTrainer) | own | kwargs)
 
     def wait(event, state, control):
         """Steps here are shorter than a push, which must not see the next one's files."""
@@ -50,6 +54,23 @@ def pushing(folder, hub, **kwargs):
 
     trainer.add_callback(on(["on_save"], wait))
     return trainer
+
+
+def pushes(hub, **kwargs):
+    """What a training and its last push ask of an empty Hub: the requests, and the commits."""
+    hub.repos.clear()
+    hub.objects.clear()
+    hub.requests.clear()
+    trainer = pushing("out", hub, hub_always_push=True, save_strategy="steps", save_steps=2,
+                      **kwargs)  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub()
+    requests = Counter(
+        (method, re.sub("^/lfs/.*", "/lfs/", path), token)
+        for method, path, token in hub.requests
+        if path != "/api/agent-harnesses"  # asked once per process
+    )
+    return requests, hub.repos[REPO].branches["main"]
 
 
 def recipe(hub, folder, data, *words, token=True):
@@ -148,6 +169,50 @@ def test_every_hub_strategy_pushes_what_it_says(tmp_path, hub, strategy):
     )
     assert files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
     assert "adversarial-model-perturbation" in ModelCard(files["README.md"].decode()).data.tags
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("strategy", ["end", "every_save", "all_checkpoints"])
+def test_an_amp_trainer_pushes_as_the_stock_trainer_does(
+    tmp_path, monkeypatch, hub, strategy, epsilon
+):
+    """The same requests and the same files, but for the AMPConfig and what the card says."""
+    pushed = []
+    for own in (dict(cls=Trainer), dict(cls=AMPTrainer, config=always(epsilon=epsilon))):
+        folder = tmp_path / own["cls"].__name__
+        folder.mkdir()
+        monkeypatch.chdir(folder)  # where the output folders can have one name
+        pushed.append(pushes(hub, hub_strategy=strategy, **own))
+    (stock_requests, stock_commits), (requests, commits) = pushed
+    assert requests == stock_requests
+    for stock, commit in zip(stock_commits, commits, strict=True):
+        assert commit.title == stock.title
+        own = {path for path in commit.files if Path(path).name == "amp_config.json"}
+        assert commit.files.keys() - own == stock.files.keys()
+        changed = {path for path in stock.files if commit.files[path] != stock.files[path]}
+        if epsilon == 0:
+            assert {Path(path).name for path in changed} <= {"README.md", "trainer_state.json"}
+    assert b"## Cost" in commit.files["README.md"] and b"## Cost" not in stock.files["README.md"]
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_an_amp_trainer_fails_to_push_as_the_stock_trainer_does(tmp_path, hub, status):
+    """Where the repository cannot be made, and where the commit is refused."""
+
+    def failure(request, act, *args, **kwargs):
+        hub.fail(request, status)
+        with pytest.raises(HfHubHTTPError) as raised:
+            act(*args, **kwargs)
+        hub.faults.clear()
+        return type(raised.value), str(raised.value)
+
+    failures = []
+    for cls in (Trainer, AMPTrainer):
+        hub.repos.clear()
+        created = failure("POST /api/repos/create", pushing, tmp_path, hub, cls=cls)
+        trainer = pushing(tmp_path, hub, cls=cls)
+        failures.append((created, failure("POST /api/models/.*/commit/", trainer.push_to_hub)))
+    assert failures[0] == failures[1]
 
 
 @pytest.mark.distributed
@@ -255,7 +320,7 @@ def test_a_push_that_fails_amid_the_training_is_reported_and_the_training_goes_o
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert trainer.state.global_step == 4
-    (record,) = [record for record in caplog.records if record.name == "amp_hf.hub"]
+    (record,) = [record for record in caplog.records if record.name == "amp_hf.images.pushing"]
     assert f"A push to {REPO} failed: 403 Forbidden" in record.message
     assert "hf upload" in record.message
 

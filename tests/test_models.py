@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from images import NAMES, rows
 
 from amp_hf.images import models
-from amp_hf.images.data import build_model, preprocessing
+from amp_hf.images.backbones import build_model, preprocessing
 
 # Of the same kinds, small enough for a test.
 SMALL = {

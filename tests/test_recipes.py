@@ -18,10 +18,12 @@ from support import differing
 from transformers import AutoModelForImageClassification, Trainer
 
 from amp_hf import AMPConfig, AMPTrainer
-from amp_hf.images import classification
+from amp_hf.images import building
 from amp_hf.images import data as image_data
+from amp_hf.images.arguments import ImageArguments, parse
 from amp_hf.images.augment import eval_transform
-from amp_hf.images.classification import ImageArguments, main, parse
+from amp_hf.images.backbones import preprocessing
+from amp_hf.images.classification import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.append(str(RECIPES))
@@ -117,7 +119,7 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
     assert flatness["AMP"]["samples"] == 96
     for name, path in (("AMP", folder), ("ERM", folder / "_erm")):  # of the images as they are
         model = AutoModelForImageClassification.from_pretrained(path).eval()
-        geometry, mean, std = image_data.preprocessing(model)
+        geometry, mean, std = preprocessing(model)
         plain = image_data.ImageDataset(
             rows(0, 96), "img", "label", geometry, eval_transform(mean, std)
         )
@@ -138,7 +140,7 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
 def test_pictures_without_matplotlib_are_refused_before_the_training(
     tmp_path, data, capsys, monkeypatch
 ):
-    monkeypatch.setattr(classification, "find_spec", lambda name: None)
+    monkeypatch.setattr(building, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main({}, {}, None, [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path}",
                             "--flatness"])  # fmt: skip

@@ -1,4 +1,7 @@
-"""What a recipe measures for the model card once its model is trained and saved."""
+"""What a recipe measures for the model card: the model against the ERM baseline, and its flatness.
+
+ERM (empirical risk minimization) is the same training without perturbation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..card import Evidence
+from ..config import AMPConfig
 from ..flatness import LossSurface, measure
 from ..hub import results_of
 from ..pictures import (
@@ -26,30 +29,64 @@ from ..pictures import (
     write_json,
 )
 from ..trainer import AMPTrainer
+from .arguments import ImageArguments
 from .augment import eval_transform
-from .data import ImageDataset, preprocessing
+from .backbones import preprocessing
+from .building import new_model, new_trainer
+from .data import ImageDataset
 
-Sets = dict[str, ImageDataset]
+Sets = dict[str, ImageDataset]  # by the name that their metrics begin with
 
 
-def train_twin(twin: AMPTrainer, sets: Sets, evidence: Evidence, resumes: bool) -> None:
-    """Trains, saves and evaluates ERM's model; its results go into `evidence`."""
-    folder = str(twin.args.output_dir)
-    checkpoint = get_last_checkpoint(folder) if resumes and os.path.isdir(folder) else None
-    result = twin.train(checkpoint)
-    twin.save_model()
-    twin.save_state()
-    for name, dataset in sets.items():
-        twin.evaluate(dataset, metric_key_prefix=name)
-    evidence.twin = results_of(twin)
-    if checkpoint is None:  # else it is a part of them
-        evidence.twin_seconds = result.metrics["train_runtime"]
+def measure_for_card(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> None:
+    """What `--compare_erm` and `--flatness` ask for, into `trainer.evidence` and the folder."""
+    perturbed = trainer.amp_config.epsilon > 0
+    trainers = {}
+    if images.compare_erm and perturbed:
+        trainers["ERM"] = train_erm(images, trainer, evaluated)
+    trainers["AMP" if perturbed else "ERM"] = trainer
+    if "test" in evaluated:
+        draw_calibration(trainer, trainers, "test", evaluated["test"])
+    if images.flatness:
+        folders = {name: str(each.args.output_dir) for name, each in trainers.items()}
+        measure_flatness(trainer, folders)
+
+
+def train_erm(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> AMPTrainer:
+    """Trains, saves and evaluates the ERM baseline: the same training without perturbation.
+
+    Its folder, `_erm`, is never pushed: pushes leave out what begins with an underscore.
+    """
+    args = copy.copy(trainer.args)
+    args.output_dir = folder = os.path.join(str(args.output_dir), "_erm")
+    args.push_to_hub = False
+    args.report_to = []  # the run of `trainer` is still open there
+    model = new_model(images, args, list(trainer.model.config.id2label.values()))
+    erm = new_trainer(
+        AMPTrainer,
+        model,
+        args,
+        AMPConfig(epsilon=0.0),
+        trainer.train_dataset,
+        trainer.eval_dataset,
+    )
+    resumes = bool(args.resume_from_checkpoint) and os.path.isdir(folder)
+    checkpoint = get_last_checkpoint(folder) if resumes else None
+    result = erm.train(checkpoint)
+    erm.save_model()
+    erm.save_state()
+    for name, dataset in evaluated.items():
+        erm.evaluate(dataset, metric_key_prefix=name)
+    trainer.evidence.twin = results_of(erm)
+    if checkpoint is None:  # otherwise only a part of the training was timed
+        trainer.evidence.twin_seconds = result.metrics["train_runtime"]
+    return erm
 
 
 def draw_calibration(
     trainer: AMPTrainer, trainers: dict[str, AMPTrainer], name: str, test: ImageDataset
 ) -> None:
-    """A reliability diagram of `trainers` on the split `name`, for the card of `trainer`."""
+    """A reliability diagram of all `trainers` on the split `name`, for the card of `trainer`."""
     predictions = {}
     for model, each in trainers.items():
         prediction = each.predict(test)
@@ -62,7 +99,7 @@ def draw_calibration(
 
 
 def unaugmented(dataset: Any, model: Any) -> ImageDataset:
-    """The images of an `ImageDataset` as `model` takes them when it is evaluated."""
+    """The images of an `ImageDataset`, as `model` takes them in evaluation."""
     plain = copy.copy(dataset)
     plain.transform = eval_transform(*preprocessing(model)[1:])
     return plain
@@ -71,13 +108,13 @@ def unaugmented(dataset: Any, model: Any) -> ImageDataset:
 def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
     """Measures and draws the loss around the models saved in `folders`, for the card of `trainer`.
 
-    On the training images as they are, without augmentation. The models are loaded whole, by every
-    process, whatever the engine shards.
+    The loss is that of the training images without augmentation. Every process loads the models
+    whole, even where the engine shards.
     """
-    trainer.accelerator.wait_for_everyone()  # until the main process has saved them
+    trainer.accelerator.wait_for_everyone()  # the main process may still be saving them
     surfaces = {}
     for name, folder in folders.items():
-        # `from_pretrained` would shard it under ZeRO-3.
+        # Under ZeRO-3, `from_pretrained` would shard it.
         model = TimmWrapperForImageClassification(TimmWrapperConfig.from_pretrained(folder))
         safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
         nn.Module.to(model, trainer.args.device)

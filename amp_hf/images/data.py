@@ -1,46 +1,25 @@
-"""timm backbones and image datasets for the Trainer.
-
-A model is a transformers `TimmWrapperForImageClassification`: everything that it takes to load it
-again (architecture, class names, preprocessing) is in its config.json, so it loads with
-`AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline` without this package. The
-networks of `amp_hf.images.models` need `trust_remote_code=True` for that.
-"""
+"""Image datasets for the Trainer: any Hub id or local folder, augmented a whole batch at a time."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
-import timm
 import torch
-from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError
-from timm.data.transforms import MaybeToTensor
 from torch import Tensor, nn
-from torchvision.transforms import Normalize, ToTensor, v2
+from torchvision.transforms import v2
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedConfig,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    TimmWrapperImageProcessor,
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 
-from . import models
-
-# Up to this size a set of decoded images is held in memory.
+# A set of decoded images up to this size is kept in memory.
 IN_MEMORY_BYTES = 2 * 1024**3
 
 
 class ImageDecodeError(ValueError):
-    """An image of the dataset that cannot be decoded; the message says which."""
+    """An image of the dataset cannot be decoded; the message says which one."""
 
 
 def load_images(
@@ -58,7 +37,7 @@ def load_images(
     try:
         splits = datasets.load_dataset(name)
     except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"Dataset {name!r} could not be loaded ({reason}). Pass --dataset a local folder of "
             "parquet files or of images; recipes/train_digits.py needs no download at all."
@@ -67,22 +46,17 @@ def load_images(
     image_column = _column(name, features, "image", image_column, datasets.Image)
     label_column = _column(name, features, "label", label_column, datasets.ClassLabel)
     if not isinstance(features[label_column], datasets.ClassLabel):
-        values = {value for split in splits.values() for value in split.unique(label_column)}
-        names = sorted(values - {None, -1})
-        index = {value: i for i, value in enumerate(names)}
-        splits = splits.map(lambda row: {label_column: index.get(row[label_column])})
-        label = datasets.ClassLabel(names=[str(value) for value in names])
-        splits = splits.cast_column(label_column, label)
+        splits = _with_classes(splits, label_column)
     return splits, image_column, label_column
 
 
 def _column(
     dataset: str, features: datasets.Features, kind: str, wanted: str | None, feature: type
 ) -> str:
-    """The column that is `wanted`, or else the first one of type `feature`."""
+    """The `wanted` column, or else the first one of type `feature`."""
     named = [wanted] if wanted else [c for c in features if isinstance(features[c], feature)]
     types: tuple[type, ...] = (feature,)
-    if kind == "label":  # plain numbers and strings become classes
+    if kind == "label":  # may also be plain numbers or strings: see `_with_classes`
         types += (datasets.Value,)
         named += [] if wanted else ["label", "labels"]
     for column in named:
@@ -94,24 +68,34 @@ def _column(
     )
 
 
+def _with_classes(splits: datasets.DatasetDict, label_column: str) -> datasets.DatasetDict:
+    """Makes a column of numbers or strings a `ClassLabel`, the same in all splits."""
+    values = {value for split in splits.values() for value in split.unique(label_column)}
+    names = sorted(values - {None, -1})  # which stand for "unlabeled"
+    index = {value: i for i, value in enumerate(names)}
+    splits = splits.map(lambda row: {label_column: index.get(row[label_column])})
+    label = datasets.ClassLabel(names=[str(value) for value in names])
+    return splits.cast_column(label_column, label)
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """Batches of `pixel_values` (B, 3, size, size) and `labels` (B,).
 
-    Sets that fit into memory are decoded once, larger ones in the dataloader's workers; in both
-    cases whole batches are augmented. The augmentation is a function of the seed, the epoch and the
-    images in the batch alone: it is the same on resume, and with any number of workers.
+    A set that fits into memory is decoded once; a larger one is decoded batch by batch, by the
+    dataloader's workers if it has any. Augmentation depends on the seed, the epoch and the images
+    of the batch, and on nothing else: it is the same after resuming and with any number of workers.
 
-    A batch is made at once in `__getitems__`: pass `as_is` as the Trainer's `data_collator` and set
-    `remove_unused_columns=False`.
+    `__getitems__` makes a whole batch at once: pass `as_is` as the Trainer's `data_collator`, and
+    set `remove_unused_columns=False`.
 
     Args:
-        geometry: brings a decoded RGB PIL image to its final size.
-        transform: brings a uint8 batch to the model's input.
-        progress: what the progress bar says; `None` shows none.
-        numbers: of the rows in the dataset they come from, for error messages.
+        geometry: resizes and crops a decoded RGB PIL image.
+        transform: turns a uint8 batch into the model's input.
+        progress: the progress bar's label; `None` shows no bar.
+        numbers: each row's number in the original dataset, for error messages.
 
     Raises:
-        ValueError: a label is none of the label column's classes.
+        ValueError: a label is not one of the label column's classes.
     """
 
     def __init__(
@@ -141,14 +125,13 @@ class ImageDataset(torch.utils.data.Dataset):
         self.geometry = geometry
         self.transform = transform
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may live on
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # for persistent workers
         self._pixels: Tensor | None = None
         first = self._decode(0)
         if first.numel() * len(rows) <= IN_MEMORY_BYTES:
             self._pixels = torch.empty((len(rows), *first.shape), dtype=torch.uint8)
-            # `disable=None` shows a bar on terminals only.
-            hidden = None if progress else True
-            for i in tqdm(range(len(rows)), desc=f"Decoding {progress}", disable=hidden):
+            disable = None if progress else True  # None: only a terminal shows the bar
+            for i in tqdm(range(len(rows)), desc=f"Decoding {progress}", disable=disable):
                 self._pixels[i] = self._decode(i)
 
     @property
@@ -187,196 +170,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The collator of batches that a dataset has already made."""
+    """The collator for a dataset that makes whole batches by itself."""
     return batch
 
 
 class EpochCallback(TrainerCallback):
-    """Tells an `ImageDataset` the epoch, so that each has augmentations of its own."""
+    """Tells an `ImageDataset` which epoch it is, so that every epoch is augmented differently."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kwargs["train_dataloader"].dataset.epoch = int(state.epoch or 0)
-
-
-def build_model(
-    name: str,
-    label_names: list[str],
-    image_size: int,
-    from_scratch: bool = False,
-    model_args: dict[str, Any] | None = None,
-) -> TimmWrapperForImageClassification:
-    """A classifier for images of `image_size` pixels a side, in float32.
-
-    Args:
-        name: a timm model (`"resnet18"`, `"vit_tiny_patch16_224"`, with or without a pretrained
-            tag), or a local folder that a model was saved to.
-        from_scratch: timm's own initial values instead of pretrained weights from the Hub.
-        model_args: further arguments of `timm.create_model`, such as `{"patch_size": 4}`. They are
-            saved with the model.
-
-    Raises:
-        ValueError: the name is unknown, the weights are out of reach, the images are too small,
-            the model does not know one of `model_args`, or a saved model has another head.
-    """
-    if os.path.isdir(name):
-        if model_args:
-            raise ValueError(
-                f"--model_args is for a timm model; the one saved in --model {name} has its own."
-            )
-        if not os.path.isfile(os.path.join(name, "config.json")) or (
-            PreTrainedConfig.get_config_dict(name)[0].get("model_type") != "timm_wrapper"
-        ):
-            raise ValueError(
-                f"--model {name} is a folder without a saved timm model: its config.json must be "
-                "that of a TimmWrapper, as these recipes save it."
-            )
-        try:
-            architecture = PreTrainedConfig.get_config_dict(name)[0].get("architecture")
-            model = _class_of(architecture).from_pretrained(name, dtype=torch.float32)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"The weights in --model {name} could not be loaded ({_first_line(error)})."
-            ) from error
-        model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
-        saved = [str(label) for label in (model.config.id2label or {}).values()]
-        if saved != label_names:
-            raise ValueError(
-                f"The model in {name} classifies {len(saved)} labels ({', '.join(saved[:3])}, …), "
-                f"the dataset has {len(label_names)} ({', '.join(label_names[:3])}, …): train on "
-                "the dataset it was made for, or start from a timm model."
-            )
-    else:
-        model = _timm_model(name, label_names, image_size, from_scratch, model_args or {})
-    _try_forward(model, name, image_size, len(label_names), model_args or {})
-    return model
-
-
-def origin(name: str, from_scratch: bool) -> tuple[str | None, str | None]:
-    """Where the weights of `build_model(name, …, from_scratch)` are from: Hub id and license.
-
-    Those of a saved model are the ones on its card, if it has one.
-    """
-    if os.path.isdir(name):
-        path = os.path.join(name, "README.md")
-        data: Any = ModelCard.load(path).data if os.path.isfile(path) else ModelCardData()
-        return data.base_model, data.license
-    if from_scratch:
-        return None, None
-    cfg: Any = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-    return cfg.hf_hub_id, cfg.license and cfg.license.lower()
-
-
-def preprocessing(
-    model: TimmWrapperForImageClassification,
-) -> tuple[v2.Compose, list[float], list[float]]:
-    """What the image processor of the saved model will do to a PIL image.
-
-    Returns:
-        Its resizing and cropping, and the mean and standard deviation that it normalizes with.
-    """
-    processor = TimmWrapperImageProcessor(model.config.pretrained_cfg)
-    geometry = [
-        step
-        for step in processor.val_transforms.transforms
-        if not isinstance(step, (ToTensor, MaybeToTensor, Normalize))
-    ]
-    config = processor.data_config
-    return v2.Compose(geometry), list(config["mean"]), list(config["std"])
-
-
-def _timm_model(
-    name: str,
-    label_names: list[str],
-    image_size: int,
-    from_scratch: bool,
-    model_args: dict[str, Any],
-) -> TimmWrapperForImageClassification:
-    architecture = name.removeprefix("timm/")
-    known = timm.list_models() + timm.list_pretrained()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=4)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all."
-        raise ValueError(f"--model {name!r} is neither a timm model nor a local folder: {hint}")
-    cfg: Any = timm.get_pretrained_cfg(architecture)
-    # Transformers have a position embedding of one size; timm resamples pretrained ones.
-    sized = {"img_size": image_size} if cfg.fixed_input_size else {}
-    all_args = sized | model_args
-    try:
-        backbone = timm.create_model(
-            architecture, pretrained=not from_scratch, num_classes=len(label_names), **all_args
-        )
-    except (OSError, RuntimeError) as error:
-        if from_scratch:
-            raise _misfit(name, image_size, model_args, error) from error
-        raise ValueError(
-            f"The pretrained weights of {name!r} could not be loaded "
-            f"({_first_line(error)}). Pass --from_scratch, or --model a local folder."
-        ) from error
-    except _MISFITS as error:
-        raise _misfit(name, image_size, model_args, error) from error
-    settings: dict[str, Any] = dict(
-        architecture=architecture.partition(".")[0],
-        id2label=dict(enumerate(label_names)),
-        label2id={label: i for i, label in enumerate(label_names)},
-        model_args=all_args or None,
-        # What `AutoImageProcessor` reads. Squashed, not cropped: nothing of a small image is lost.
-        pretrained_cfg={
-            "input_size": [3, image_size, image_size],
-            "mean": list(cfg.mean),
-            "std": list(cfg.std),
-            "interpolation": cfg.interpolation,
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-        },
-    )
-    config = TimmWrapperConfig(**settings)
-    model = _class_of(config.architecture)(config)
-    # The wrapper draws initial values of its own over timm's.
-    model.timm_model.load_state_dict(backbone.state_dict())
-    return model
-
-
-def _class_of(architecture: str | None) -> type[TimmWrapperForImageClassification]:
-    """transformers' class, or the one that brings the code of networks that timm has not."""
-    if architecture in models.NAMES:
-        return models.TimmWrapperForImageClassification
-    return TimmWrapperForImageClassification
-
-
-# What timm's models raise for images that are too small and arguments that they do not take.
-_MISFITS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-def _try_forward(
-    model: nn.Module, name: str, image_size: int, labels: int, model_args: dict[str, Any]
-) -> None:
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(torch.zeros(2, 3, image_size, image_size)).logits
-        if logits.shape != (2, labels):
-            raise ValueError(f"it returns {list(logits.shape)} for 2 images and {labels} labels")
-    except _MISFITS as error:
-        raise _misfit(name, image_size, model_args, error) from error
-
-
-def _misfit(name: str, image_size: int, model_args: dict[str, Any], error: Exception) -> ValueError:
-    args, change = "", ""
-    if model_args:
-        args, change = f" with --model_args {json.dumps(model_args)}", "change --model_args, "
-    return ValueError(
-        f"{name!r}{args} does not work on images of {image_size}x{image_size} pixels "
-        f"({_first_line(error)}): {change}raise --image_size or take another --model."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
