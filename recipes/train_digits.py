@@ -67,8 +67,8 @@ class DigitsArguments:
                 raise ValueError(f"--{name} must be an integer in [{least}, {most}].")
         if self.train_samples % BATCH_SIZE == 1:
             raise ValueError(
-                f"--train_samples {self.train_samples} leaves a last batch of one, which BatchNorm "
-                "cannot do with: take one more or less."
+                f"--train_samples {self.train_samples} leaves a last batch of one image, which "
+                "BatchNorm cannot train on: take one more or one less."
             )
 
 
@@ -83,7 +83,7 @@ def digits() -> datasets.Dataset:
 
 
 def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: str):
-    """One run: its trainer, the loss on its training set, results on the images not seen."""
+    """One run: its trainer, the loss around its weights, its results on the images left out."""
     rows = digits().train_test_split(
         train_size=options.train_samples, stratify_by_column="label", seed=seed
     )

@@ -25,12 +25,12 @@ class HubError(RuntimeError):
 
 
 class RecipeTrainer(AMPTrainer):
-    """An `AMPTrainer` for scripts that push the models they train.
+    """An `AMPTrainer` whose pushes lose no model and leak no token.
 
-    A repository that cannot be written to is noticed before the training. A push that fails raises
-    one line, `HubError`, after the model has been saved; one that fails in the background is a
-    warning. The branch `hub_revision` is made where it is missing, every push during the training
-    carries the model card and the code that the model needs, and no pickle holds the token.
+    A push that fails raises a `HubError` of one line, after the model has been saved; one that
+    fails in the background is a warning. A repository that cannot be created raises a `HubError`
+    before the training. The branch `hub_revision` is created where it is missing. Pushes during the
+    training carry the model card and the code that the model needs. No pickle holds the token.
     """
 
     # The Trainer's own.
