@@ -9,6 +9,7 @@ import numbers
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Ball = Literal["global", "tensor", "relative"]
@@ -162,8 +163,13 @@ class AMPConfig:
         return dataclasses.asdict(self)
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Writes the file whole or not at all: one that is there stays as it was on an error."""
+        partial = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> AMPConfig:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 from fractions import Fraction
@@ -131,6 +132,20 @@ def test_a_config_comes_back_from_a_dict_and_from_json_equal_to_itself(tmp_path)
         assert AMPConfig(**json.loads(json.dumps(config.to_dict()))) == config
         config.to_json_file(tmp_path / "amp_config.json")
         assert AMPConfig.from_json_file(tmp_path / "amp_config.json") == config
+
+
+def test_a_config_that_cannot_be_written_leaves_the_file_that_was_there(tmp_path):
+    path = tmp_path / "amp_config.json"
+    UNUSUAL.to_json_file(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError):
+            AMPConfig().to_json_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert AMPConfig.from_json_file(path) == UNUSUAL
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
