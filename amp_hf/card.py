@@ -1,6 +1,6 @@
 """The model card: what AMP did to this model, with valid Hub metadata.
 
-Plain data in, text out; `amp_hf.hub` collects the data from a trainer.
+Plain data in, text out: `amp_hf.record` has what the Trainer knows, `CardDetails` the rest.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import make_markdown_table
 from transformers.pipelines import SUPPORTED_TASKS
 
-from .config import AMPConfig
 from .flatness import Flatness
-
-Results = dict[str, dict[str, float]]  # by split ("test"), by metric ("accuracy")
+from .record import Results, TrainingRecord
 
 
 @dataclass
-class Evidence:
-    """What a card can show beyond what the Trainer knows: fill in `trainer.evidence`.
+class CardDetails:
+    """What a card can show beyond what the Trainer knows: fill in `trainer.card_details`.
 
     Args:
         dataset: Hub id of the training set, or the name of what is not on the Hub.
         base_model: Hub id of the weights that training began with; `None` for none.
         license: one of the Hub's identifiers.
-        twin: results of the same training without perturbation.
-        twin_seconds: what that took.
+        baseline: results of the ERM baseline: the same training without perturbation.
+        baseline_seconds: how long that training took.
         flatness: by model, "AMP" and "ERM", on the training set.
         pictures: file names in the output folder, by caption.
     """
@@ -42,46 +40,10 @@ class Evidence:
     dataset: str | None = None
     base_model: str | None = None
     license: str | None = None
-    twin: Results | None = None
-    twin_seconds: float | None = None
+    baseline: Results | None = None
+    baseline_seconds: float | None = None
     flatness: dict[str, Flatness] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What the Trainer knows at the end of a training.
-
-    Args:
-        source: the Hub repository, or the folder, that the model is loaded from.
-        revision: the repository's branch, if it is not the main one.
-        brings_code: whether it is loaded by code that lies beside it.
-        task: the Hub's name of it, `None` where the model is of no known one.
-        steps: optimizer steps; `ascending` of them had ascents, `perturbed` an ascent or a Δ, not
-            counting what checkpoints in between change.
-        best_step: the optimizer step whose model was loaded in the end, if it was not the last's.
-        is_perturbed: whether a step that led to this model was, by a Δ other than 0.
-        delta_norm: ‖Δ‖₂, the mean of what was logged of it, if that was.
-        seconds: what the steps took, if that was measured of all of them.
-        history: what was evaluated in the course of the training, one mapping an evaluation.
-    """
-
-    source: str
-    revision: str | None
-    brings_code: bool
-    name: str
-    task: str | None
-    amp_config: AMPConfig
-    arguments: dict[str, Any]
-    steps: int
-    ascending: int
-    perturbed: int
-    best_step: int | None
-    is_perturbed: bool
-    delta_norm: float | None
-    seconds: float | None
-    results: Results
-    history: list[dict[str, Any]]
 
 
 # What the Hub takes as `license`: https://huggingface.co/docs/hub/repositories-licenses
@@ -108,40 +70,40 @@ _METRICS = {
 }
 
 
-def write(path: Path, training: Training, evidence: Evidence) -> None:
+def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
     """Completes the card at `path`, which the Trainer or a subclass of it has written.
 
     Its metadata stay where nothing better is known, and so does its text, unless it is the stock
     Trainer's draft ("More information needed").
     """
     card = ModelCard.load(path)
-    _describe(card.data, training, evidence)
-    title = f"# {training.name}\n\n"
-    own = "\n\n".join(_sections(card.data, training, evidence))
+    _describe(card.data, record, details)
+    title = f"# {record.name}\n\n"
+    own = "\n\n".join(_sections(card.data, record, details))
     text = title if "More information needed" in card.text else f"{card.text.strip()}\n\n"
     card.text = f"\n{text}{own}\n"
     card.save(path)
 
 
-def _describe(data: Any, training: Training, evidence: Evidence) -> None:
-    data.license = evidence.license or data.license or "unknown"
+def _describe(data: Any, record: TrainingRecord, details: CardDetails) -> None:
+    data.license = details.license or data.license or "unknown"
     if data.license not in LICENSES:
         data.license_name = re.sub(r"[^\w.-]+", "-", data.license.lower())
         data.license = "other"
     data.library_name = data.library_name or "transformers"
-    data.pipeline_tag = training.task or data.pipeline_tag
-    data.base_model = evidence.base_model or data.base_model
-    if evidence.dataset and _is_hub_id(evidence.dataset):
-        data.datasets = [evidence.dataset]
+    data.pipeline_tag = record.task or data.pipeline_tag
+    data.base_model = details.base_model or data.base_model
+    if details.dataset and _is_hub_id(details.dataset):
+        data.datasets = [details.dataset]
     tags = ["amp_hf"]
-    if training.is_perturbed:
+    if record.is_perturbed:
         tags.append("adversarial-model-perturbation")
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
-    name = evidence.dataset or ", ".join(_listed(data.datasets)) or "unknown"
-    data.model_name = training.name
+    name = details.dataset or ", ".join(_listed(data.datasets)) or "unknown"
+    data.model_name = record.name
     data.eval_results = [
         EvalResult(
-            task_type=training.task or "other",
+            task_type=record.task or "other",
             dataset_type=name if _is_hub_id(name) else "other",
             dataset_name=name,
             dataset_split=split,
@@ -149,7 +111,7 @@ def _describe(data: Any, training: Training, evidence: Evidence) -> None:
             metric_name=_METRICS.get(metric, (metric, ""))[0],
             metric_value=value,
         )
-        for split, metrics in training.results.items()
+        for split, metrics in record.results.items()
         for metric, value in _shown(metrics).items()
         if math.isfinite(value)
     ]
@@ -168,30 +130,30 @@ def _listed(names: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 
-def _sections(data: Any, training: Training, evidence: Evidence) -> list[str]:
+def _sections(data: Any, record: TrainingRecord, details: CardDetails) -> list[str]:
     return [
-        _introduction(data, training, evidence),
-        *_results(training, evidence),
-        *_pictures(evidence),
-        *_how_to_use(training),
-        _procedure(training),
-        _cost(training, evidence),
+        _introduction(data, record, details),
+        *_results(record, details),
+        *_pictures(details),
+        *_how_to_use(record),
+        _procedure(record),
+        _cost(record, details),
         _versions(),
         _CITATION,
     ]
 
 
-def _introduction(data: Any, training: Training, evidence: Evidence) -> str:
+def _introduction(data: Any, record: TrainingRecord, details: CardDetails) -> str:
     base = _links(_listed(data.base_model), "")
-    datasets = [evidence.dataset] if evidence.dataset else _listed(data.datasets)
+    datasets = [details.dataset] if details.dataset else _listed(data.datasets)
     what = f"This model is {base}, fine-tuned" if base else "This model was trained"
     if datasets:
         what += f" on {_links(datasets, 'datasets/')}"
     if base or datasets:
         what += ","
-    if training.amp_config.epsilon == 0:
+    if record.amp_config.epsilon == 0:
         return f"{what} without any perturbation (`epsilon=0`)."
-    if not training.is_perturbed:
+    if not record.is_perturbed:
         return (
             f"{what} without any perturbation: the settings below are those of Adversarial Model "
             "Perturbation, but no step that led to this model was perturbed."
@@ -211,17 +173,17 @@ def _links(names: list[str], where: str) -> str:
     )
 
 
-def _results(training: Training, evidence: Evidence) -> list[str]:
-    names = ["AMP", "ERM"] if training.amp_config.epsilon > 0 else ["ERM"]
-    results = [training.results, evidence.twin or {}]
+def _results(record: TrainingRecord, details: CardDetails) -> list[str]:
+    names = ["AMP", "ERM"] if record.amp_config.epsilon > 0 else ["ERM"]
+    results = [record.results, details.baseline or {}]
     rows: list[list[str]] = []
-    for split, metrics in training.results.items():
+    for split, metrics in record.results.items():
         for metric in _shown(metrics):
             label, form = _METRICS.get(metric, (metric, "{:.4f}"))
             values = [column.get(split, {}).get(metric) for column in results]
             cells = ["" if value is None else form.format(value) for value in values]
-            rows.append([f"{split}: {label}", *cells[: 2 if evidence.twin else 1]])
-    found = [evidence.flatness[name] for name in names if name in evidence.flatness]
+            rows.append([f"{split}: {label}", *cells[: 2 if details.baseline else 1]])
+    found = [details.flatness[name] for name in names if name in details.flatness]
     for of_models in zip(*map(_flatness_cells, found)):
         rows.append([of_models[0][0], *(value for _, value in of_models)])
     if not rows:
@@ -230,7 +192,7 @@ def _results(training: Training, evidence: Evidence) -> list[str]:
     lines = [["", *names[: width - 1]], ["---"] * width, *rows]
     table = "\n".join(f"| {' | '.join([*line, *[''] * (width - len(line))])} |" for line in lines)
     text = "## Results\n\n" + table
-    if evidence.twin:
+    if details.baseline:
         text += (
             "\n\nERM (empirical risk minimization) is the same training with `epsilon=0`, from the "
             "same seed."
@@ -270,23 +232,23 @@ def _flatness_cells(flatness: Flatness) -> list[tuple[str, str]]:
     ]
 
 
-def _pictures(evidence: Evidence) -> list[str]:
-    return [f"![{caption}]({name})\n\n*{caption}*" for caption, name in evidence.pictures.items()]
+def _pictures(details: CardDetails) -> list[str]:
+    return [f"![{caption}]({name})\n\n*{caption}*" for caption, name in details.pictures.items()]
 
 
-def _how_to_use(training: Training) -> list[str]:
-    if training.task not in SUPPORTED_TASKS:
+def _how_to_use(record: TrainingRecord) -> list[str]:
+    if record.task not in SUPPORTED_TASKS:
         return []
-    task: Any = SUPPORTED_TASKS[training.task]
+    task: Any = SUPPORTED_TASKS[record.task]
     model = task["pt"][0].__name__
     kinds = {"image": "AutoImageProcessor", "text": "AutoTokenizer"}
     processor = kinds.get(task["type"], "AutoProcessor")
-    source = f'"{training.source}"'
-    if training.revision:
-        source += f', revision="{training.revision}"'
+    source = f'"{record.source}"'
+    if record.revision:
+        source += f', revision="{record.revision}"'
     model_source = source
     code = ""
-    if training.brings_code:
+    if record.has_code:
         model_source += ", trust_remote_code=True"
         code = ", by the code that lies beside it"
     return [
@@ -297,7 +259,7 @@ It loads without amp_hf{code}:
 ```python
 from transformers import pipeline
 
-predict = pipeline("{training.task}", model={model_source})
+predict = pipeline("{record.task}", model={model_source})
 ```
 
 or, with its parts in hand:
@@ -311,12 +273,12 @@ model = {model}.from_pretrained({model_source})
     ]
 
 
-def _procedure(training: Training) -> str:
-    config = training.amp_config.to_dict() if training.amp_config.epsilon > 0 else {"epsilon": 0.0}
+def _procedure(record: TrainingRecord) -> str:
+    config = record.amp_config.to_dict() if record.amp_config.epsilon > 0 else {"epsilon": 0.0}
     text = "## Training\n\n| AMPConfig | |\n|---|---|\n" + _pairs(config)
-    text += "\n\n| TrainingArguments | |\n|---|---|\n" + _pairs(training.arguments)
-    if training.history:
-        text += "\n\n" + make_markdown_table(training.history).strip()
+    text += "\n\n| TrainingArguments | |\n|---|---|\n" + _pairs(record.arguments)
+    if record.history:
+        text += "\n\n" + make_markdown_table(record.history).strip()
     return text
 
 
@@ -325,30 +287,31 @@ def _pairs(values: dict[str, Any]) -> str:
     return "\n".join(f"| `{name}` | `{value}` |" for name, value in cells)
 
 
-def _cost(training: Training, evidence: Evidence) -> str:
-    config = training.amp_config
-    text = f"## Cost\n\n{training.ascending:,} of {training.steps:,} steps had an ascent"
-    if training.ascending:
+def _cost(record: TrainingRecord, details: CardDetails) -> str:
+    config = record.amp_config
+    text = f"## Cost\n\n{record.ascent_steps:,} of {record.steps:,} steps had an ascent"
+    if record.ascent_steps:
         count = f"{config.inner_steps} forward and backward passes"
         text += f", {'a further forward and backward pass' if config.inner_steps == 1 else count}"
         text += f" on {config.ascent_fraction:.0%} of the batch" * (config.ascent_fraction < 1)
-    if training.perturbed > training.ascending:
+    if record.perturbed_steps > record.ascent_steps:
+        reused = record.perturbed_steps - record.ascent_steps
         text += (
-            f"; {training.perturbed - training.ascending:,} more reused the last perturbation, but "
+            f"; {reused:,} more reused the last perturbation, but "
             "for the first after each checkpoint, which ascended anew"
         )
     text += "."
-    if training.best_step is not None:
-        text += f" The model is that of step {training.best_step:,}, the best that was evaluated."
-    if training.delta_norm is not None:
-        text += f" ‖Δ‖₂ was {training.delta_norm:.3g} on average."
-    if training.seconds is not None:
-        text += f" Training took {_duration(training.seconds)}"
-        if evidence.twin_seconds:
-            ratio = training.seconds / evidence.twin_seconds
+    if record.best_step is not None:
+        text += f" The model is that of step {record.best_step:,}, the best that was evaluated."
+    if record.delta_norm is not None:
+        text += f" ‖Δ‖₂ was {record.delta_norm:.3g} on average."
+    if record.seconds is not None:
+        text += f" Training took {_duration(record.seconds)}"
+        if details.baseline_seconds:
+            ratio = record.seconds / details.baseline_seconds
             text += (
                 f", {ratio:.2f} times what ERM took on the same machine "
-                f"({_duration(evidence.twin_seconds)})"
+                f"({_duration(details.baseline_seconds)})"
             )
         text += "."
     return text

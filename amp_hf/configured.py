@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
-from .hub import delta_norms
+from .record import delta_norms
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
 from .augment import eval_transform
-from .card import Evidence
+from .card import CardDetails
 from .flatness import LossSurface, measure
-from .hub import results_of
 from .pictures import (
     draw_loss_contours,
     draw_loss_curves,
@@ -26,24 +25,25 @@ from .pictures import (
     save,
     write_json,
 )
+from .record import results_of
 from .trainer import AMPTrainer
 from .vision import ImageDataset, preprocessing
 
 Sets = dict[str, ImageDataset]
 
 
-def train_twin(twin: AMPTrainer, sets: Sets, evidence: Evidence, resumes: bool) -> None:
-    """Trains, saves and evaluates ERM's model; its results go into `evidence`."""
-    folder = str(twin.args.output_dir)
+def train_baseline(baseline: AMPTrainer, sets: Sets, details: CardDetails, resumes: bool) -> None:
+    """Trains, saves and evaluates the ERM baseline; its results go into `details`."""
+    folder = str(baseline.args.output_dir)
     checkpoint = get_last_checkpoint(folder) if resumes and os.path.isdir(folder) else None
-    result = twin.train(checkpoint)
-    twin.save_model()
-    twin.save_state()
+    result = baseline.train(checkpoint)
+    baseline.save_model()
+    baseline.save_state()
     for name, dataset in sets.items():
-        twin.evaluate(dataset, metric_key_prefix=name)
-    evidence.twin = results_of(twin)
+        baseline.evaluate(dataset, metric_key_prefix=name)
+    details.baseline = results_of(baseline)
     if checkpoint is None:  # else it is a part of them
-        evidence.twin_seconds = result.metrics["train_runtime"]
+        details.baseline_seconds = result.metrics["train_runtime"]
 
 
 def draw_calibration(
@@ -58,7 +58,7 @@ def draw_calibration(
         numbers = reliability(predictions)
         path = os.path.join(str(trainer.args.output_dir), "reliability.png")
         caption = f"Reliability on the {name} split: how often it is right, by how sure it is"
-        trainer.evidence.pictures[caption] = save(draw_reliability(numbers), numbers, path).name
+        trainer.card_details.pictures[caption] = save(draw_reliability(numbers), numbers, path).name
 
 
 def unaugmented(dataset: Any, model: Any) -> ImageDataset:
@@ -83,11 +83,13 @@ def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
         nn.Module.to(model, trainer.args.device)
         images = unaugmented(trainer.train_dataset, model)
         surfaces[name] = LossSurface.of(trainer, images, model, seed=trainer.args.seed)
-        trainer.evidence.flatness[name] = measure(surfaces[name])
+        trainer.card_details.flatness[name] = measure(surfaces[name])
     curves, contours = loss_curves(surfaces), loss_contours(surfaces)
     if trainer.is_world_process_zero():
         output = Path(str(trainer.args.output_dir))
-        found = {name: flatness.to_dict() for name, flatness in trainer.evidence.flatness.items()}
+        found = {
+            name: flatness.to_dict() for name, flatness in trainer.card_details.flatness.items()
+        }
         write_json(found, output / "flatness.json")
         pictures = {
             "Training loss around the weights": ("loss_curves", draw_loss_curves(curves), curves),
@@ -98,4 +100,4 @@ def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
             ),
         }
         for caption, (name, figure, numbers) in pictures.items():
-            trainer.evidence.pictures[caption] = save(figure, numbers, output / name).name
+            trainer.card_details.pictures[caption] = save(figure, numbers, output / name).name

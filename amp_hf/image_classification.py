@@ -21,7 +21,7 @@ from transformers import TimmWrapperForImageClassification, TrainingArguments, s
 from transformers.trainer_utils import get_last_checkpoint
 
 from .augment import eval_transform, train_transform
-from .card import Evidence
+from .card import CardDetails
 from .config import AMPConfig
 from .hub import HubError
 from .image_arguments import ImageArguments, parse
@@ -148,7 +148,7 @@ def build(
             "out, and train ERM by a run of its own, with --epsilon 0."
         )
     base_model, license = origin(images.model, images.from_scratch)
-    trainer.evidence = Evidence(
+    trainer.card_details = CardDetails(
         dataset=os.path.basename(os.path.abspath(images.dataset))
         if os.path.isdir(images.dataset)
         else images.dataset,
@@ -240,7 +240,7 @@ def _train_and_evaluate(
     failure = None
     if (images.compare_erm or images.flatness) and _all_finite(results):
         try:
-            _gather_evidence(images, trainer, sets)
+            _gather_card_details(images, trainer, sets)
         except Exception as error:  # the model is pushed for all that
             failure = error
             print(f"The model card lacks what could not be measured: {error}", file=sys.stderr)
@@ -259,7 +259,7 @@ def _all_finite(results: dict[str, float]) -> bool:
     return all(math.isfinite(value) for value in results.values())
 
 
-def _gather_evidence(
+def _gather_card_details(
     images: ImageArguments, trainer: AMPTrainer, sets: dict[str, ImageDataset]
 ) -> None:
     from . import evidence
@@ -272,7 +272,7 @@ def _gather_evidence(
         args.push_to_hub = False
         args.report_to = []  # where the run of `trainer` is still open
         model = _model(images, args, list(trainer.model.config.id2label.values()))
-        twin = _trainer(
+        baseline = _trainer(
             AMPTrainer,
             model,
             args,
@@ -281,8 +281,8 @@ def _gather_evidence(
             eval_dataset=trainer.eval_dataset,
         )
         resumes = bool(args.resume_from_checkpoint)
-        evidence.train_twin(twin, sets, trainer.evidence, resumes)
-        trainers["ERM"] = twin
+        evidence.train_baseline(baseline, sets, trainer.card_details, resumes)
+        trainers["ERM"] = baseline
     trainers["AMP" if regularized else "ERM"] = trainer
     if "test" in sets:
         evidence.draw_calibration(trainer, trainers, "test", sets["test"])

@@ -44,7 +44,7 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
     has none, there is no pass at θ: its part of `loss` and of BatchNorm's statistics is from θ + Δ.
 
     `create_model_card`, and so every push, writes down what was done and what came of it; what only
-    the script knows goes into `evidence` (`amp_hf.card.Evidence`).
+    the script knows goes into `card_details` (`amp_hf.card.CardDetails`).
 
     Raises:
         ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with.

@@ -67,9 +67,9 @@ def test_the_card_says_how_the_model_was_trained_and_what_came_of_it(tmp_path):
 
 def test_the_results_are_in_the_metadata(tmp_path):
     trainer = trained(tmp_path)
-    trainer.evidence.dataset = "mnist/digits"
-    trainer.evidence.base_model = "someone/base"
-    trainer.evidence.license = "apache-2.0"
+    trainer.card_details.dataset = "mnist/digits"
+    trainer.card_details.base_model = "someone/base"
+    trainer.card_details.license = "apache-2.0"
     data = card_of(trainer, tasks="image-classification", tags=["mine"]).data
     assert data.license == "apache-2.0"
     assert data.library_name == "transformers"
@@ -82,12 +82,12 @@ def test_the_results_are_in_the_metadata(tmp_path):
     assert found["eval", "loss"] == trainer.state.log_history[-2]["eval_loss"]
 
 
-def test_the_twin_and_the_flatness_stand_beside_the_model(tmp_path):
+def test_the_baseline_and_the_flatness_stand_beside_the_model(tmp_path):
     trainer = trained(tmp_path)
-    trainer.evidence.twin = {"test": {"accuracy": 0.5, "loss": 2.0}}
-    trainer.evidence.twin_seconds = 1e-3
-    trainer.evidence.flatness = {"AMP": FLATNESS, "ERM": FLATNESS}
-    trainer.evidence.pictures = {"A picture": "loss_curves.png"}
+    trainer.card_details.baseline = {"test": {"accuracy": 0.5, "loss": 2.0}}
+    trainer.card_details.baseline_seconds = 1e-3
+    trainer.card_details.flatness = {"AMP": FLATNESS, "ERM": FLATNESS}
+    trainer.card_details.pictures = {"A picture": "loss_curves.png"}
     text = card_of(trainer).text
     assert "|  | AMP | ERM |" in text
     assert re.search(r"\| test: accuracy \| \d+\.\d\d% \| 50\.00% \|", text)
@@ -204,10 +204,10 @@ def test_a_resumed_training_has_no_time_because_only_a_part_was_measured(tmp_pat
     assert "2 of 8 steps had an ascent" in text and "Training took" not in text
 
 
-def test_metrics_of_any_kind_and_a_twin_that_lacks_some_do_not_stop_the_card(tmp_path):
+def test_metrics_of_any_kind_and_a_baseline_that_lacks_some_do_not_stop_the_card(tmp_path):
     trainer = trained(tmp_path)
     trainer.state.log_history[-1] |= {"test_confusion": [[1, 2]], "test_best": "seven"}
-    trainer.evidence.twin = {"test": {"accuracy": 0.5}}
+    trainer.card_details.baseline = {"test": {"accuracy": 0.5}}
     assert re.search(r"\| test: loss \| [\d.]+ \|  \|", card_of(trainer).text)
 
 
@@ -230,7 +230,7 @@ def test_a_module_without_a_config_has_a_card(tmp_path):
 )
 def test_only_what_can_be_on_the_hub_is_named_as_a_dataset(tmp_path, dataset, listed):
     trainer = trained(tmp_path)
-    trainer.evidence.dataset = dataset
+    trainer.card_details.dataset = dataset
     card = card_of(trainer)
     assert card.data.datasets == listed
     assert card.data.eval_results[0].dataset_name == dataset
@@ -239,7 +239,7 @@ def test_only_what_can_be_on_the_hub_is_named_as_a_dataset(tmp_path, dataset, li
 
 def test_a_license_that_the_hub_does_not_list_is_named_beside_other(tmp_path):
     trainer = trained(tmp_path)
-    trainer.evidence.license = "dinov3-license"
+    trainer.card_details.license = "dinov3-license"
     data = card_of(trainer).data
     assert (data.license, data.license_name) == ("other", "dinov3-license")
 
