@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import AMPConfig
-from .hub import delta_norms
+from .record import delta_norms
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,15 @@ class ConfiguredMixin(_Parent):
         finally:
             self.amp_config = before
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        # Before the parent's part, which may push the folder to the Hub.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's; the config lies beside the weights, once they are written."""
+        super().save_model(output_dir, _internal_call=True)  # which leaves out the push at its end
         if self.args.should_save:
             folder = str(output_dir or self.args.output_dir)
             os.makedirs(folder, exist_ok=True)
             self.amp_config.to_json_file(os.path.join(folder, AMP_CONFIG_NAME))
-        super().save_model(output_dir, *args, **kwargs)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _compare_with_checkpoint(self, checkpoint: str | bool) -> None:
         """Warns where the checkpoint was trained with another `AMPConfig`."""

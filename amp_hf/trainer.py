@@ -12,6 +12,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +21,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 
 from .batches import first_samples
+from .card import CardDetails, write
 from .config import AMPConfig
 from .configured import ConfiguredMixin
 from .engine import Engine, engine_for, temporarily
-from .hub import HubMixin
 from .parameters import ModelTensors, perturbed_parameters
 from .perturbation import Perturbation
+from .record import TrainingRecord
 from .statistics import gradients_set_aside, preserved_buffers, preserved_rng
 
 
-class AMPTrainerMixin(ConfiguredMixin, HubMixin):
+class AMPTrainerMixin(ConfiguredMixin):
     """Trains with Adversarial Model Perturbation. Mix it into any subclass of `Trainer`, in front:
 
         class AMPSFTTrainer(AMPTrainerMixin, SFTTrainer): ...
@@ -44,7 +47,7 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
     has none, there is no pass at θ: its part of `loss` and of BatchNorm's statistics is from θ + Δ.
 
     `create_model_card`, and so every push, writes down what was done and what came of it; what only
-    the script knows goes into `evidence` (`amp_hf.card.Evidence`).
+    the script knows goes into `card_details` (`amp_hf.card.CardDetails`).
 
     Raises:
         ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with.
@@ -80,6 +83,7 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
         if not isinstance(amp_config, AMPConfig | None):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
+        self.card_details = CardDetails()
         self._tensors = None
         self._loss_is_share = None
         self._run = None
@@ -102,6 +106,25 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
             self._perturbation.restore()  # where an interrupt hit the one in training_step
             self._start_window([])
             self._tensors = self._reusable = None  # and the memory that they keep
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md into the output folder: the parent's card, completed by `card.write`.
+
+        Results are those that `evaluate` logged last for each prefix, for example `test` after
+        `trainer.evaluate(dataset, metric_key_prefix="test")`; `card_details` adds what only the
+        script knows.
+        """
+        if not hasattr(self.model, "config"):  # where the parent looks for a base model
+            kwargs.setdefault("finetuned_from", "")
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir), "README.md")
+            known = {name: kwargs.get(name) for name in ("model_name", "tasks")}
+            record = TrainingRecord.of(self, self.amp_config, **known)
+            details = self.card_details
+            if details.dataset is None and isinstance(dataset := kwargs.get("dataset"), str):
+                details = replace(details, dataset=dataset)
+            write(path, record, details)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -1,5 +1,6 @@
 """Pushes over real HTTP: the real client, against a server that speaks the Hub's protocol."""
 
+import json
 import logging
 import re
 import shlex
@@ -22,7 +23,7 @@ from images import parquet_folder, rows
 from support import MLP, always, differing, make, on, trainer_for, weights
 from transformers import Trainer
 
-from amp_hf import AMPTrainer
+from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.images import comparison
 from amp_hf.images.classification import main
 from amp_hf.images.pushing import HubError, RecipeTrainer
@@ -57,13 +58,14 @@ def pushing(folder, hub, **kwargs):
 
 
 def pushes(hub, **kwargs):
-    """What a training and its last push ask of an empty Hub: the requests, and the commits."""
+    """What a training and the pushes after it ask of an empty Hub: the requests, the commits."""
     hub.repos.clear()
     hub.objects.clear()
     hub.requests.clear()
     trainer = pushing("out", hub, hub_always_push=True, save_strategy="steps", save_steps=2,
                       **kwargs)  # fmt: skip
     trainer.train()
+    trainer.save_model()  # which is a push, too
     trainer.push_to_hub()
     requests = Counter(
         (method, re.sub("^/lfs/.*", "/lfs/", path), token)
@@ -295,6 +297,22 @@ def test_a_push_that_was_not_asked_for_at_the_start_saves_first(tmp_path, hub):
     hub.faults.clear()
     trainer.push_to_hub(revision="v2", private=True)
     assert hub.private(REPO) and "model.safetensors" in hub.files(REPO, "v2")
+
+
+def test_a_saved_model_is_pushed_with_its_config_which_a_failing_push_does_not_keep_back(
+    tmp_path, hub
+):
+    trainer = pushing(tmp_path / "out", hub)
+    trainer.train()
+    trainer.amp_config = AMPConfig(0.2)
+    trainer.save_model()
+    assert hub.commits(REPO)[-1] == "Model save"
+    assert json.loads(hub.files(REPO)["amp_config.json"]) == trainer.amp_config.to_dict()
+    hub.fail("POST /api/models/.*/commit/", 403)
+    trainer.amp_config = AMPConfig(0.3)
+    with pytest.raises(Exception, match="403 Forbidden"):
+        trainer.save_model(tmp_path / "elsewhere")
+    assert AMPConfig.from_json_file(tmp_path / "elsewhere" / "amp_config.json").epsilon == 0.3
 
 
 def test_a_push_in_the_background_that_fails_is_reported(tmp_path, hub, caplog):

@@ -88,7 +88,7 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
 
 
 def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data):
-    """The twin, the flatness, further splits and pictures, each of a real run."""
+    """The ERM baseline, the flatness, further splits and pictures, each of a real run."""
     folder = tmp_path / "data"
     parquet_folder(folder, train=96, test=40)
     rows(200, 240).to_parquet(folder / "data" / "contrast-00000-of-00001.parquet")
@@ -126,14 +126,14 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
         with torch.no_grad():
             loss = model(**plain.__getitems__(list(range(96)))).loss.item()
         assert flatness[name]["loss"] == pytest.approx(loss, rel=1e-4)
-    # The twin is what the stock Trainer trains from the same seed, and stays off the Hub.
+    # The baseline is what the stock Trainer trains from the same seed, and stays off the Hub.
     stock = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--dataset", tmp_path / "data"]
     run(*stock, "--epsilon=0", "--output_dir", tmp_path / "stock")
-    twin, expected = (
+    baseline, expected = (
         AutoModelForImageClassification.from_pretrained(path).state_dict()
         for path in (folder / "_erm", tmp_path / "stock")
     )
-    assert differing(twin, expected) == []
+    assert differing(baseline, expected) == []
     assert "README.md (its card)" in out
 
 

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from transformers import TimmWrapperForImageClassification, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..card import Evidence
+from ..card import CardDetails
 from ..config import AMPConfig
 from ..metrics import compute_metrics
 from ..trainer import AMPTrainer
@@ -47,7 +47,7 @@ def build(
     train, validation, tests = _image_datasets(rows, images, args, model)
     trainer = new_trainer(trainer_class, model, args, amp_config, train, validation)
     _check_comparison(images, trainer)
-    trainer.evidence = _card_details(images)
+    trainer.card_details = _card_details(images)
     return trainer, tests
 
 
@@ -218,10 +218,10 @@ def _check_comparison(images: ImageArguments, trainer: AMPTrainer) -> None:
         )
 
 
-def _card_details(images: ImageArguments) -> Evidence:
+def _card_details(images: ImageArguments) -> CardDetails:
     name = images.dataset
     base_model, license = origin(images.model, images.from_scratch)
-    return Evidence(
+    return CardDetails(
         # A folder's name alone: its path is of no use to anyone else.
         dataset=os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
         base_model=base_model,

@@ -17,7 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import AMPConfig
 from ..flatness import LossSurface, measure
-from ..hub import results_of
 from ..pictures import (
     draw_loss_contours,
     draw_loss_curves,
@@ -28,6 +27,7 @@ from ..pictures import (
     save,
     write_json,
 )
+from ..record import results_of
 from ..trainer import AMPTrainer
 from .arguments import ImageArguments
 from .augment import eval_transform
@@ -39,11 +39,11 @@ Sets = dict[str, ImageDataset]  # by the name that their metrics begin with
 
 
 def measure_for_card(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> None:
-    """What `--compare_erm` and `--flatness` ask for, into `trainer.evidence` and the folder."""
+    """What `--compare_erm` and `--flatness` ask for, into `trainer.card_details` and the folder."""
     perturbed = trainer.amp_config.epsilon > 0
     trainers = {}
     if images.compare_erm and perturbed:
-        trainers["ERM"] = train_erm(images, trainer, evaluated)
+        trainers["ERM"] = train_baseline(images, trainer, evaluated)
     trainers["AMP" if perturbed else "ERM"] = trainer
     if "test" in evaluated:
         draw_calibration(trainer, trainers, "test", evaluated["test"])
@@ -52,7 +52,7 @@ def measure_for_card(images: ImageArguments, trainer: AMPTrainer, evaluated: Set
         measure_flatness(trainer, folders)
 
 
-def train_erm(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> AMPTrainer:
+def train_baseline(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> AMPTrainer:
     """Trains, saves and evaluates the ERM baseline: the same training without perturbation.
 
     Its folder, `_erm`, is never pushed: pushes leave out what begins with an underscore.
@@ -77,9 +77,9 @@ def train_erm(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> A
     erm.save_state()
     for name, dataset in evaluated.items():
         erm.evaluate(dataset, metric_key_prefix=name)
-    trainer.evidence.twin = results_of(erm)
+    trainer.card_details.baseline = results_of(erm)
     if checkpoint is None:  # otherwise only a part of the training was timed
-        trainer.evidence.twin_seconds = result.metrics["train_runtime"]
+        trainer.card_details.baseline_seconds = result.metrics["train_runtime"]
     return erm
 
 
@@ -95,7 +95,7 @@ def draw_calibration(
         numbers = reliability(predictions)
         path = os.path.join(str(trainer.args.output_dir), "reliability.png")
         caption = f"Reliability on the {name} split: how often it is right, by how sure it is"
-        trainer.evidence.pictures[caption] = save(draw_reliability(numbers), numbers, path).name
+        trainer.card_details.pictures[caption] = save(draw_reliability(numbers), numbers, path).name
 
 
 def unaugmented(dataset: Any, model: Any) -> ImageDataset:
@@ -120,11 +120,13 @@ def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
         nn.Module.to(model, trainer.args.device)
         images = unaugmented(trainer.train_dataset, model)
         surfaces[name] = LossSurface.of(trainer, images, model, seed=trainer.args.seed)
-        trainer.evidence.flatness[name] = measure(surfaces[name])
+        trainer.card_details.flatness[name] = measure(surfaces[name])
     curves, contours = loss_curves(surfaces), loss_contours(surfaces)
     if trainer.is_world_process_zero():
         output = Path(str(trainer.args.output_dir))
-        found = {name: flatness.to_dict() for name, flatness in trainer.evidence.flatness.items()}
+        found = {
+            name: flatness.to_dict() for name, flatness in trainer.card_details.flatness.items()
+        }
         write_json(found, output / "flatness.json")
         pictures = {
             "Training loss around the weights": ("loss_curves", draw_loss_curves(curves), curves),
@@ -135,4 +137,4 @@ def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
             ),
         }
         for caption, (name, figure, numbers) in pictures.items():
-            trainer.evidence.pictures[caption] = save(figure, numbers, output / name).name
+            trainer.card_details.pictures[caption] = save(figure, numbers, output / name).name
