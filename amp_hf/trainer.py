@@ -46,8 +46,8 @@ class AMPTrainerMixin(ConfiguredMixin):
     mean over the steps with an ascent since the last log. Where `ascent_reuse` perturbs a step that
     has none, there is no pass at θ: its part of `loss` and of BatchNorm's statistics is from θ + Δ.
 
-    `create_model_card`, and so every push, writes down what was done and what came of it; what only
-    the script knows goes into `card_details` (`amp_hf.card.CardDetails`).
+    `create_model_card`, and so `push_to_hub`, writes down what was done and what came of it; what
+    only the script knows goes into `card_details` (`amp_hf.card.CardDetails`).
 
     Raises:
         ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with.

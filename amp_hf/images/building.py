@@ -121,7 +121,7 @@ def _find_checkpoint(args: TrainingArguments) -> str | None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is trained on, validated on in the course of it, and tested on in the end."""
+    """The rows to train on, to validate on during the training, and to test on at its end."""
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
@@ -135,17 +135,7 @@ class _Rows:
 
 
 def _load_rows(images: ImageArguments, args: TrainingArguments) -> _Rows:
-    with args.main_process_first(desc="loading the dataset"):
-        splits, image_column, label_column = load_images(
-            images.dataset, images.image_column, images.label_column
-        )
-    for argument, names in (("--dataset", ["train"]), ("--eval_splits", images.eval_splits)):
-        if missing := [name for name in names if name not in splits]:
-            raise ValueError(
-                f"{argument}: {images.dataset!r} has no split {missing[0]!r}, only {list(splits)}."
-            )
-    splits = splits.select_columns([image_column, label_column])
-    splits = {name: rows.add_column(_NUMBER, np.arange(len(rows))) for name, rows in splits.items()}
+    splits, image_column, label_column = _load_splits(images, args)
     train, validation = splits["train"], splits.get("validation")
     if images.validation_fraction:
         parts = train.train_test_split(
@@ -156,15 +146,34 @@ def _load_rows(images: ImageArguments, args: TrainingArguments) -> _Rows:
     if "test" in tests and set(tests["test"][label_column]) <= {-1, None}:
         print("The test split has no labels: there will be no test results.")
         del tests["test"]
+    few, seed = images.max_eval_samples, args.seed
     return _Rows(
-        train=_some(train, _training_size(len(train), images, args), args.seed),
-        validation=validation and _some(validation, images.max_eval_samples, args.seed),
-        tests={
-            name: _some(rows, images.max_eval_samples, args.seed) for name, rows in tests.items()
-        },
+        train=_some(train, _training_size(len(train), images, args), seed),
+        validation=validation and _some(validation, few, seed),
+        tests={name: _some(rows, few, seed) for name, rows in tests.items()},
         image_column=image_column,
         label_column=label_column,
     )
+
+
+def _load_splits(
+    images: ImageArguments, args: TrainingArguments
+) -> tuple[dict[str, datasets.Dataset], str, str]:
+    """The splits, their rows numbered, and the names of the image and the label column."""
+    with args.main_process_first(desc="loading the dataset"):
+        splits, image_column, label_column = load_images(
+            images.dataset, images.image_column, images.label_column
+        )
+    for argument, names in (("--dataset", ["train"]), ("--eval_splits", images.eval_splits)):
+        if missing := [name for name in names if name not in splits]:
+            raise ValueError(
+                f"{argument}: {images.dataset!r} has no split {missing[0]!r}, only {list(splits)}."
+            )
+    splits = splits.select_columns([image_column, label_column])
+    numbered = {
+        name: rows.add_column(_NUMBER, np.arange(len(rows))) for name, rows in splits.items()
+    }
+    return numbered, image_column, label_column
 
 
 def _training_size(available: int, images: ImageArguments, args: TrainingArguments) -> int:
@@ -186,7 +195,7 @@ def _image_datasets(
     args: TrainingArguments,
     model: TimmWrapperForImageClassification,
 ) -> tuple[ImageDataset, ImageDataset | None, dict[str, ImageDataset]]:
-    """The rows to train on, validate on and test on, as `model` takes them."""
+    """The datasets to train on, to validate on and to test on, as `model` takes their images."""
     geometry, mean, std = preprocessing(model)
     augment = train_transform(images.augment, mean, std, images.cutout, images.auto_augment)
     plain = eval_transform(mean, std)
