@@ -25,6 +25,7 @@ from .card import CardDetails
 from .config import AMPConfig
 from .hub import HubError
 from .image_arguments import ImageArguments, parse
+from .markdown import literal
 from .metrics import compute_metrics
 from .trainer import AMPTrainer
 from .vision import (
@@ -247,7 +248,8 @@ def _train_and_evaluate(
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         trust = ", trust_remote_code=True" if trainer.model.is_remote_code() else ""
-        print(_SUMMARY.format(folder=args.output_dir, trust=trust))
+        folder = str(args.output_dir)
+        print(_SUMMARY.format(folder=folder, source=literal(folder), trust=trust))
     if args.push_to_hub:
         trainer.push_to_hub()
     if failure is not None:
@@ -296,7 +298,7 @@ Saved in {folder}: the model, README.md (its card), amp_config.json, all_results
 It loads without amp_hf:
 
     from transformers import pipeline
-    classify = pipeline("image-classification", model="{folder}"{trust})
+    classify = pipeline("image-classification", model={source}{trust})
 """
 
 
