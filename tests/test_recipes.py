@@ -76,15 +76,16 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_p
 
 
 def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
+    folder = tmp_path / 'a "flat" model'
     command = [RECIPES / "train_cifar10.py", *SMALL.split(), "--dataset", data]
-    command += ["--output_dir", tmp_path, "--validation_fraction=0.25", "--epsilon=0.2"]
+    command += ["--output_dir", folder, "--validation_fraction=0.25", "--epsilon=0.2"]
     out = run(*command, "--max_eval_samples=50")
-    found = results(tmp_path)
+    found = results(folder)
     for split in ("eval", "test"):
         assert {f"{split}_{name}" for name in ("accuracy", "nll", "ece")} <= found.keys()
     assert found["epoch"] == 2.0
-    assert AMPConfig.from_json_file(tmp_path / "amp_config.json").epsilon == 0.2
-    assert f'pipeline("image-classification", model="{tmp_path}")' in out
+    assert AMPConfig.from_json_file(folder / "amp_config.json").epsilon == 0.2
+    assert rf'pipeline("image-classification", model="{tmp_path}/a \"flat\" model")' in out
 
 
 def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data):

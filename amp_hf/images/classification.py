@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from ..markdown import literal
 from ..trainer import AMPTrainer
 from .arguments import ImageArguments, parse
 from .building import build
@@ -70,7 +71,8 @@ def _train_and_evaluate(
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         trust = ", trust_remote_code=True" if trainer.model.is_remote_code() else ""
-        print(_SUMMARY.format(folder=trainer.args.output_dir, trust=trust))
+        folder = str(trainer.args.output_dir)
+        print(_SUMMARY.format(folder=folder, source=literal(folder), trust=trust))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     if failure is not None:
@@ -120,7 +122,7 @@ Saved in {folder}: the model, README.md (its card), amp_config.json, all_results
 It loads without amp_hf:
 
     from transformers import pipeline
-    classify = pipeline("image-classification", model="{folder}"{trust})
+    classify = pipeline("image-classification", model={source}{trust})
 """
 
 
