@@ -1,6 +1,7 @@
 """The model card: what AMP did to this model, with valid Hub metadata.
 
-Plain data in, text out; `amp_hf.hub` collects the data from a trainer.
+Plain data in, text out: `amp_hf.record` has what the Trainer knows, `CardDetails` the rest, and
+card_template.md is the text.
 """
 
 from __future__ import annotations
@@ -11,30 +12,30 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from transformers.modelcard import make_markdown_table
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from transformers.pipelines import SUPPORTED_TASKS
 
-from .config import AMPConfig
-from .flatness import Flatness
+from . import markdown
+from .record import Results, TrainingRecord
 
-Results = dict[str, dict[str, float]]  # by split ("test"), by metric ("accuracy")
+if TYPE_CHECKING:
+    from .flatness import Flatness
 
 
 @dataclass
-class Evidence:
-    """What a card can show beyond what the Trainer knows: fill in `trainer.evidence`.
+class CardDetails:
+    """What only the script knows: fill in `trainer.card_details`.
 
     Args:
-        dataset: Hub id of the training set, or the name of what is not on the Hub.
+        dataset: Hub id of the training set, or its name if it is not on the Hub.
         base_model: Hub id of the weights that training began with; `None` for none.
         license: one of the Hub's identifiers.
-        twin: results of the same training without perturbation.
-        twin_seconds: what that took.
+        baseline: results of the ERM baseline: the same training without perturbation.
+        baseline_seconds: how long that training took.
         flatness: by model, "AMP" and "ERM", on the training set.
         pictures: file names in the output folder, by caption.
     """
@@ -42,46 +43,10 @@ class Evidence:
     dataset: str | None = None
     base_model: str | None = None
     license: str | None = None
-    twin: Results | None = None
-    twin_seconds: float | None = None
+    baseline: Results | None = None
+    baseline_seconds: float | None = None
     flatness: dict[str, Flatness] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What the Trainer knows at the end of a training.
-
-    Args:
-        source: the Hub repository, or the folder, that the model is loaded from.
-        revision: the repository's branch, if it is not the main one.
-        brings_code: whether it is loaded by code that lies beside it.
-        task: the Hub's name of it, `None` where the model is of no known one.
-        steps: optimizer steps; `ascending` of them had ascents, `perturbed` an ascent or a Δ, not
-            counting what checkpoints in between change.
-        best_step: the optimizer step whose model was loaded in the end, if it was not the last's.
-        is_perturbed: whether a step that led to this model was, by a Δ other than 0.
-        delta_norm: ‖Δ‖₂, the mean of what was logged of it, if that was.
-        seconds: what the steps took, if that was measured of all of them.
-        history: what was evaluated in the course of the training, one mapping an evaluation.
-    """
-
-    source: str
-    revision: str | None
-    brings_code: bool
-    name: str
-    task: str | None
-    amp_config: AMPConfig
-    arguments: dict[str, Any]
-    steps: int
-    ascending: int
-    perturbed: int
-    best_step: int | None
-    is_perturbed: bool
-    delta_norm: float | None
-    seconds: float | None
-    results: Results
-    history: list[dict[str, Any]]
 
 
 # What the Hub takes as `license`: https://huggingface.co/docs/hub/repositories-licenses
@@ -100,7 +65,76 @@ LICENSES = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Metrics by name: what the table calls them, and in what it shows them.
+
+def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
+    """Completes the card at `path`, which the Trainer or a subclass of it has written.
+
+    Its metadata stay where nothing better is known, and so does its text, unless it is the stock
+    Trainer's draft ("More information needed").
+    """
+    card = ModelCard.load(path)
+    base_models = _listed(details.base_model or card.data.base_model)
+    datasets = _listed(details.dataset or card.data.datasets)
+    _complete(card.data, record, details)
+    is_draft = "More information needed" in card.text
+    text = _environment.get_template("card_template.md").render(
+        own_text=None if is_draft else Markup(card.text.strip()),
+        record=record,
+        details=details,
+        base_models=base_models,
+        datasets=datasets,
+        results=_results(record, details),
+        classes=_classes(record.task),
+        versions=_versions(),
+    )
+    card.text = f"\n{text}\n"
+    card.save(path)
+
+
+def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:
+    """Adds to the metadata what is known better now."""
+    data.license = details.license or data.license or "unknown"
+    if data.license not in LICENSES:
+        data.license_name = re.sub(r"[^\w.-]+", "-", data.license.lower())
+        data.license = "other"
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = record.task or data.pipeline_tag
+    bases = _hub_ids(details.base_model or data.base_model)
+    data.base_model = (bases[0] if len(bases) == 1 else bases) or None
+    data.datasets = _hub_ids(details.dataset) or _hub_ids(data.datasets) or None
+    tags = ["amp_hf"]
+    if record.is_perturbed:
+        tags.append("adversarial-model-perturbation")
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
+    name = details.dataset or ", ".join(_listed(data.datasets)) or "unknown"
+    data.model_name = record.name
+    data.eval_results = [
+        EvalResult(
+            task_type=record.task or "other",
+            dataset_type=name if markdown.is_hub_id(name) else "other",
+            dataset_name=name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=_METRICS.get(metric, (metric, ""))[0],
+            metric_value=value,
+        )
+        for split, metrics in record.results.items()
+        for metric, value in _shown(metrics).items()
+        if math.isfinite(value)
+    ]
+    data.metrics = sorted({result.metric_type for result in data.eval_results}) or None
+
+
+def _listed(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def _hub_ids(names: Any) -> list[str]:
+    """Without the names that make the Hub refuse a card: folders, for example."""
+    return [name for name in _listed(names) if markdown.is_hub_id(name)]
+
+
+# Metrics by name: what the table calls them, and how it shows them.
 _METRICS = {
     "accuracy": ("accuracy", "{:.2%}"),
     "nll": ("negative log-likelihood, nats", "{:.4f}"),
@@ -108,262 +142,63 @@ _METRICS = {
 }
 
 
-def write(path: Path, training: Training, evidence: Evidence) -> None:
-    """Completes the card at `path`, which the Trainer or a subclass of it has written.
-
-    Its metadata stay where nothing better is known, and so does its text, unless it is the stock
-    Trainer's draft ("More information needed").
-    """
-    card = ModelCard.load(path)
-    _describe(card.data, training, evidence)
-    title = f"# {training.name}\n\n"
-    own = "\n\n".join(_sections(card.data, training, evidence))
-    text = title if "More information needed" in card.text else f"{card.text.strip()}\n\n"
-    card.text = f"\n{text}{own}\n"
-    card.save(path)
-
-
-def _describe(data: Any, training: Training, evidence: Evidence) -> None:
-    data.license = evidence.license or data.license or "unknown"
-    if data.license not in LICENSES:
-        data.license_name = re.sub(r"[^\w.-]+", "-", data.license.lower())
-        data.license = "other"
-    data.library_name = data.library_name or "transformers"
-    data.pipeline_tag = training.task or data.pipeline_tag
-    data.base_model = evidence.base_model or data.base_model
-    if evidence.dataset and _is_hub_id(evidence.dataset):
-        data.datasets = [evidence.dataset]
-    tags = ["amp_hf"]
-    if training.is_perturbed:
-        tags.append("adversarial-model-perturbation")
-    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
-    name = evidence.dataset or ", ".join(_listed(data.datasets)) or "unknown"
-    data.model_name = training.name
-    data.eval_results = [
-        EvalResult(
-            task_type=training.task or "other",
-            dataset_type=name if _is_hub_id(name) else "other",
-            dataset_name=name,
-            dataset_split=split,
-            metric_type=metric,
-            metric_name=_METRICS.get(metric, (metric, ""))[0],
-            metric_value=value,
-        )
-        for split, metrics in training.results.items()
-        for metric, value in _shown(metrics).items()
-        if math.isfinite(value)
-    ]
-    data.metrics = sorted({result.metric_type for result in data.eval_results}) or None
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _listed(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or [])
-
-
-def _sections(data: Any, training: Training, evidence: Evidence) -> list[str]:
-    return [
-        _introduction(data, training, evidence),
-        *_results(training, evidence),
-        *_pictures(evidence),
-        *_how_to_use(training),
-        _procedure(training),
-        _cost(training, evidence),
-        _versions(),
-        _CITATION,
-    ]
-
-
-def _introduction(data: Any, training: Training, evidence: Evidence) -> str:
-    base = _links(_listed(data.base_model), "")
-    datasets = [evidence.dataset] if evidence.dataset else _listed(data.datasets)
-    what = f"This model is {base}, fine-tuned" if base else "This model was trained"
-    if datasets:
-        what += f" on {_links(datasets, 'datasets/')}"
-    if base or datasets:
-        what += ","
-    if training.amp_config.epsilon == 0:
-        return f"{what} without any perturbation (`epsilon=0`)."
-    if not training.is_perturbed:
-        return (
-            f"{what} without any perturbation: the settings below are those of Adversarial Model "
-            "Perturbation, but no step that led to this model was perturbed."
-        )
-    return (
-        f"{what} with Adversarial Model Perturbation (AMP; nothing to do with mixed precision)."
-        "\n\nAMP takes the gradient of a step not at the weights, but where the loss is worst in a "
-        "small ball around them. So training avoids sharp minima, in favour of flat ones, which "
-        "tend to generalize better and to be better calibrated."
-    )
-
-
-def _links(names: list[str], where: str) -> str:
-    return ", ".join(
-        f"[{name}](https://huggingface.co/{where}{name})" if name.count("/") == 1 else f"`{name}`"
-        for name in names
-    )
-
-
-def _results(training: Training, evidence: Evidence) -> list[str]:
-    names = ["AMP", "ERM"] if training.amp_config.epsilon > 0 else ["ERM"]
-    results = [training.results, evidence.twin or {}]
-    rows: list[list[str]] = []
-    for split, metrics in training.results.items():
-        for metric in _shown(metrics):
-            label, form = _METRICS.get(metric, (metric, "{:.4f}"))
-            values = [column.get(split, {}).get(metric) for column in results]
-            cells = ["" if value is None else form.format(value) for value in values]
-            rows.append([f"{split}: {label}", *cells[: 2 if evidence.twin else 1]])
-    found = [evidence.flatness[name] for name in names if name in evidence.flatness]
-    for of_models in zip(*map(_flatness_cells, found)):
-        rows.append([of_models[0][0], *(value for _, value in of_models)])
-    if not rows:
-        return []
-    width = max(map(len, rows))
-    lines = [["", *names[: width - 1]], ["---"] * width, *rows]
-    table = "\n".join(f"| {' | '.join([*line, *[''] * (width - len(line))])} |" for line in lines)
-    text = "## Results\n\n" + table
-    if evidence.twin:
-        text += (
-            "\n\nERM (empirical risk minimization) is the same training with `epsilon=0`, from the "
-            "same seed."
-        )
-    if found:
-        text += (
-            f"\n\nFlatness: of the loss on {found[0].samples:,} training samples, in evaluation "
-            "mode; lower is flatter."
-        )
-    return [text]
-
-
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    """In order, and without the loss where there is the likelihood: they differ in name only."""
+    """In order, and without the loss where the likelihood is, which is the same."""
     names = [name for name in [*_METRICS, *metrics] if name in metrics]
     return {name: metrics[name] for name in names if name != "loss" or "nll" not in metrics}
 
 
-def _flatness_cells(flatness: Flatness) -> list[tuple[str, str]]:
+def _results(record: TrainingRecord, details: CardDetails) -> dict[str, Any] | None:
+    """Head and rows of the table of results, which has a column for the model and one for ERM."""
+    own = "AMP" if record.amp_config.epsilon > 0 else "ERM"
+    columns = {own: _cells(record.results, details.flatness.get(own))}
+    if own == "AMP" and (details.baseline or "ERM" in details.flatness):
+        columns["ERM"] = _cells(details.baseline or {}, details.flatness.get("ERM"))
+    if not columns[own]:
+        return None
+    return {
+        "head": ["", *columns],
+        "rows": [
+            [row, *(cells.get(row, "") for cells in columns.values())] for row in columns[own]
+        ],
+        "flatness": details.flatness.get(own),
+    }
+
+
+def _cells(results: Results, flatness: Flatness | None) -> dict[str, str]:
+    """One column of the table, by the names of its rows."""
+    cells = {}
+    for split, metrics in results.items():
+        for metric, value in _shown(metrics).items():
+            label, form = _METRICS.get(metric, (metric, "{:.4f}"))
+            cells[f"{split}: {label}"] = form.format(value)
+    if flatness is None:
+        return cells
     top, trace, rise = flatness.top_eigenvalue, flatness.trace, flatness.random_rise
     converged = "" if top.converged else f" (not converged: ± {top.residual:.2g})"
-    return [
-        (
-            f"rise of the loss, worst found within {flatness.radius:g} of the weights",
-            f"{flatness.worst_case_rise:.4f}",
+    return cells | {
+        f"rise of the loss, worst found within {flatness.radius:g} of the weights": (
+            f"{flatness.worst_case_rise:.4f}"
         ),
-        (
-            f"rise of the loss {flatness.scale:g} filter norms away, mean ± standard deviation of "
-            f"{len(rise.values)} random directions",
-            f"{rise.mean:.4f} ± {rise.std:.4f}",
+        f"rise of the loss {flatness.scale:g} filter norms away, mean ± standard deviation of "
+        f"{len(rise.values)} random directions": f"{rise.mean:.4f} ± {rise.std:.4f}",
+        "largest eigenvalue of the Hessian": f"{top.value:.4g}{converged}",
+        "trace of the Hessian, ± standard error": (
+            f"{trace.mean:.4g} ± {trace.standard_error:.2g}"
         ),
-        ("largest eigenvalue of the Hessian", f"{top.value:.4g}{converged}"),
-        (
-            "trace of the Hessian, ± standard error",
-            f"{trace.mean:.4g} ± {trace.standard_error:.2g}",
-        ),
-    ]
+    }
 
 
-def _pictures(evidence: Evidence) -> list[str]:
-    return [f"![{caption}]({name})\n\n*{caption}*" for caption, name in evidence.pictures.items()]
-
-
-def _how_to_use(training: Training) -> list[str]:
-    if training.task not in SUPPORTED_TASKS:
-        return []
-    task: Any = SUPPORTED_TASKS[training.task]
-    model = task["pt"][0].__name__
-    kinds = {"image": "AutoImageProcessor", "text": "AutoTokenizer"}
-    processor = kinds.get(task["type"], "AutoProcessor")
-    source = f'"{training.source}"'
-    if training.revision:
-        source += f', revision="{training.revision}"'
-    model_source = source
-    code = ""
-    if training.brings_code:
-        model_source += ", trust_remote_code=True"
-        code = ", by the code that lies beside it"
-    return [
-        f"""## How to use
-
-It loads without amp_hf{code}:
-
-```python
-from transformers import pipeline
-
-predict = pipeline("{training.task}", model={model_source})
-```
-
-or, with its parts in hand:
-
-```python
-from transformers import {", ".join(sorted([processor, model]))}
-
-processor = {processor}.from_pretrained({source})
-model = {model}.from_pretrained({model_source})
-```"""
-    ]
-
-
-def _procedure(training: Training) -> str:
-    config = training.amp_config.to_dict() if training.amp_config.epsilon > 0 else {"epsilon": 0.0}
-    text = "## Training\n\n| AMPConfig | |\n|---|---|\n" + _pairs(config)
-    text += "\n\n| TrainingArguments | |\n|---|---|\n" + _pairs(training.arguments)
-    if training.history:
-        text += "\n\n" + make_markdown_table(training.history).strip()
-    return text
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    cells = ((name, str(value).replace("|", "\\|")) for name, value in values.items())
-    return "\n".join(f"| `{name}` | `{value}` |" for name, value in cells)
-
-
-def _cost(training: Training, evidence: Evidence) -> str:
-    config = training.amp_config
-    text = f"## Cost\n\n{training.ascending:,} of {training.steps:,} steps had an ascent"
-    if training.ascending:
-        count = f"{config.inner_steps} forward and backward passes"
-        text += f", {'a further forward and backward pass' if config.inner_steps == 1 else count}"
-        text += f" on {config.ascent_fraction:.0%} of the batch" * (config.ascent_fraction < 1)
-    if training.perturbed > training.ascending:
-        text += (
-            f"; {training.perturbed - training.ascending:,} more reused the last perturbation, but "
-            "for the first after each checkpoint, which ascended anew"
-        )
-    text += "."
-    if training.best_step is not None:
-        text += f" The model is that of step {training.best_step:,}, the best that was evaluated."
-    if training.delta_norm is not None:
-        text += f" ‖Δ‖₂ was {training.delta_norm:.3g} on average."
-    if training.seconds is not None:
-        text += f" Training took {_duration(training.seconds)}"
-        if evidence.twin_seconds:
-            ratio = training.seconds / evidence.twin_seconds
-            text += (
-                f", {ratio:.2f} times what ERM took on the same machine "
-                f"({_duration(evidence.twin_seconds)})"
-            )
-        text += "."
-    return text
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds, 1), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {seconds:.0f} s"
-        if minutes
-        else f"{seconds:.1f} s"
-    )
+def _classes(task: str | None) -> dict[str, str] | None:
+    """The classes of transformers that load a model of this task."""
+    if task not in SUPPORTED_TASKS:
+        return None
+    supported: Any = SUPPORTED_TASKS[task]
+    processors = {"image": "AutoImageProcessor", "text": "AutoTokenizer"}
+    return {
+        "processor": processors.get(supported["type"], "AutoProcessor"),
+        "model": supported["pt"][0].__name__,
+    }
 
 
 def _versions() -> str:
@@ -371,17 +206,50 @@ def _versions() -> str:
     for name in ("amp-hf", "torch", "transformers", "accelerate", "timm", "datasets", "peft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
-    return "## Versions\n\n" + ", ".join(found)
+    return ", ".join(found)
 
 
-_CITATION = """## Citation
+def _settings(title: str, values: dict[str, Any]) -> Markup:
+    rows = ([markdown.code(name), markdown.code(value)] for name, value in values.items())
+    return markdown.table([title, ""], rows)
 
-```bibtex
-@inproceedings{zheng2021regularizing,
-  title = {Regularizing Neural Networks via Adversarial Model Perturbation},
-  author = {Zheng, Yaowei and Zhang, Richong and Mao, Yongyi},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year = {2021},
-  url = {https://arxiv.org/abs/2010.04925}
+
+def _history(evaluations: list[dict[str, Any]]) -> Markup:
+    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation)
+    rows = ([_rounded(each.get(name, "")) for name in names] for each in evaluations)
+    return markdown.table(names, rows)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds, 1), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+
+
+_environment = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,  # for Markdown, not for HTML: `finalize` escapes first
+    finalize=markdown.escape,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_environment.globals |= {
+    "count": _count,
+    "duration": _duration,
+    "history": _history,
+    "links": markdown.links,
+    "literal": markdown.literal,
+    "settings": _settings,
+    "table": markdown.table,
 }
-```"""

@@ -9,6 +9,7 @@ import numbers
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Ball = Literal["global", "tensor", "relative"]
@@ -140,12 +141,13 @@ class AMPConfig:
         Raises:
             ValueError: another budget.
         """
-        if not (isinstance(budget, numbers.Real) and 1 < budget < math.inf):
+        passes = _as_float(budget)
+        if not passes > 1:
             raise ValueError(
                 "AMPConfig.for_budget takes a finite number > 1, times the stock Trainer's "
-                f"training time, got {budget!r}. AMPConfig(epsilon=0) is the stock Trainer."
+                f"training time, got {_shown(budget)}. AMPConfig(epsilon=0) is the stock Trainer."
             )
-        spare = min(float(budget) - 1, 0.3)
+        spare = min(passes - 1, 0.3)
         # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
         every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)), 6)
         start = max(0.0, round(1 - every * spare, 6))
@@ -161,15 +163,20 @@ class AMPConfig:
         return dataclasses.asdict(self)
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Writes the file whole or not at all: one that is there stays as it was on an error."""
+        partial = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> AMPConfig:
         with open(path, encoding="utf-8") as file:
             try:
                 saved = json.load(file)
-            except ValueError:
+            except (ValueError, RecursionError):
                 saved = None
         if not isinstance(saved, dict):
             raise ValueError(f"{path} is not a JSON object.")
@@ -210,14 +217,13 @@ class AMPConfig:
         return step - min(math.floor(round(self.ascent_start * max_steps, 6)), max_steps - 1)
 
     def _refuse(self, name: str, allowed: str) -> ValueError:
-        return ValueError(f"AMPConfig.{name} must be {allowed}, got {getattr(self, name)!r}.")
+        return ValueError(f"AMPConfig.{name} must be {allowed}, got {_shown(getattr(self, name))}.")
 
     def _check_real(self, name: str, allowed: str, holds: Any) -> None:
-        value = getattr(self, name)
-        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (is_real and math.isfinite(value) and holds(value)):
+        value = _as_float(getattr(self, name))
+        if not holds(value):
             raise self._refuse(name, allowed)
-        object.__setattr__(self, name, float(value))
+        object.__setattr__(self, name, value)
 
     def _check_count(self, name: str) -> None:
         value = getattr(self, name)
@@ -235,5 +241,22 @@ class AMPConfig:
             raise self._refuse("perturb", allowed)
         try:
             re.compile(self.perturb)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{self._refuse('perturb', allowed)} ({error})") from None
+
+
+def _as_float(value: Any) -> float:
+    """NaN, of which no comparison holds, unless `value` is a number and finite as a float."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # more than 4,300 digits, or nested too deeply
+        return f"a {type(value).__name__} that is too large to show"

@@ -1,30 +1,42 @@
-"""`AMPTrainer`: the one place that knows the Trainer's step.
+"""`AMPTrainer`: the Trainer's overrides, and nothing else. What a step does is in step.py.
 
-The Trainer calls `get_batch_samples` once an optimizer step, with all its micro-batches, and
+The Trainer calls `get_batch_samples` once for each optimizer step, with all its micro-batches, and
 `training_step` for each of them; clipping, the scaler, the optimizer and the scheduler follow.
-AMP happens within `training_step`: every forward and backward pass goes through the parent's own,
-and when it returns the parameters are θ to the bit and the gradient at θ + Δ has been accumulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
+from .card import CardDetails, write
 from .checks import check_engine
 from .config import AMPConfig
-from .configured import ConfiguredMixin
-from .hub import HubMixin
 from .parameters import check_no_hooks, check_perturbable
 from .passes import ParentPasses
+from .record import TrainingRecord, warn_if_never_perturbed
 from .step import PerturbedStep
 
+if TYPE_CHECKING:
+    _Parent = Trainer
+else:
+    _Parent = object
 
-class AMPTrainerMixin(ConfiguredMixin, HubMixin):
+logger = logging.getLogger(__name__)
+
+AMP_CONFIG_NAME = "amp_config.json"
+
+
+class AMPTrainerMixin(_Parent):
     """Trains with Adversarial Model Perturbation. Mix it into any subclass of `Trainer`, in front:
 
         class AMPSFTTrainer(AMPTrainerMixin, SFTTrainer): ...
@@ -39,8 +51,8 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
     mean over the steps with an ascent since the last log. Where `ascent_reuse` perturbs a step that
     has none, there is no pass at θ: its part of `loss` and of BatchNorm's statistics is from θ + Δ.
 
-    `create_model_card`, and so every push, writes down what was done and what came of it; what only
-    the script knows goes into `evidence` (`amp_hf.card.Evidence`).
+    `create_model_card`, and so `push_to_hub`, writes down what was done and what came of it; what
+    only the script knows goes into `card_details` (`amp_hf.card.CardDetails`).
 
     Raises:
         ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with.
@@ -52,6 +64,7 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
         if not isinstance(amp_config, AMPConfig | None):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
+        self.card_details = CardDetails()
         parent = ParentPasses(self, super().training_step, super().get_batch_samples)
         self._step = PerturbedStep(self, parent)
         super().__init__(*args, **kwargs)
@@ -63,10 +76,17 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            if folder is True:
+                folder = get_last_checkpoint(self.args.output_dir) or ""
+            _warn_of_changes(self.amp_config, folder)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._step.end_run()
+        warn_if_never_perturbed(self.amp_config, self.state)
+        return result
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -97,16 +117,78 @@ class AMPTrainerMixin(ConfiguredMixin, HubMixin):
                 logs |= zip(("amp/loss", "amp/sharpness", "amp/delta_norm"), means.tolist())
         super().log(logs, start_time)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's. Saves θ, also where a signal handler calls it in the middle of a step."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's. Saves θ, also where a signal handler calls it in the middle of a step.
+
+        `amp_config.json` lies beside the weights, once they are written.
+        """
         with self._step.at_theta():
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call=True)  # without the push at its end
+        if self.args.should_save:
+            folder = str(output_dir or self.args.output_dir)
+            os.makedirs(folder, exist_ok=True)
+            self.amp_config.to_json_file(os.path.join(folder, AMP_CONFIG_NAME))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
         self._step.run.reusable = None
         super()._save_checkpoint(*args, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md into the output folder: the parent's card, completed by `card.write`.
+
+        Results are those that `evaluate` logged last for each prefix, for example `test` after
+        `trainer.evaluate(dataset, metric_key_prefix="test")`; `card_details` adds what only the
+        script knows.
+        """
+        if not hasattr(self.model, "config"):  # where the parent looks for a base model
+            kwargs.setdefault("finetuned_from", "")
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir), "README.md")
+            known = {name: kwargs.get(name) for name in ("model_name", "tasks")}
+            record = TrainingRecord.of(self, self.amp_config, **known)
+            details = self.card_details
+            if details.dataset is None and isinstance(dataset := kwargs.get("dataset"), str):
+                details = dataclasses.replace(details, dataset=dataset)
+            write(path, record, details)
+
+    def hyperparameter_search(
+        self, hp_space: Callable[[Any], dict[str, Any]] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The parent's; with Optuna, what `hp_space` returns may hold fields of `AMPConfig`, too.
+
+        A field that the trial does not choose is that of `amp_config`, which comes back in the end:
+        `trainer.amp_config = dataclasses.replace(trainer.amp_config, epsilon=…)` keeps what was
+        found.
+        """
+        before = self.amp_config
+        names = before.to_dict().keys()
+
+        def space(trial: Any) -> dict[str, Any]:
+            assert hp_space is not None
+            chosen = hp_space(trial)
+            own = {name: value for name, value in chosen.items() if name in names}
+            self.amp_config = dataclasses.replace(before, **own)
+            return {name: value for name, value in chosen.items() if name not in own}
+
+        try:
+            return super().hyperparameter_search(hp_space and space, *args, **kwargs)
+        finally:
+            self.amp_config = before
+
 
 class AMPTrainer(AMPTrainerMixin, Trainer):
     """`transformers.Trainer` with Adversarial Model Perturbation: see `AMPTrainerMixin`."""
+
+
+def _warn_of_changes(config: AMPConfig, checkpoint: str) -> None:
+    """Warns where `checkpoint` was trained with another config."""
+    path = os.path.join(checkpoint, AMP_CONFIG_NAME)
+    if os.path.isfile(path) and (changes := config.changes_since(path)):
+        logger.warning(
+            f"Resuming {checkpoint} with a different AMPConfig than it was trained with: "
+            f"{'; '.join(changes)}."
+        )

@@ -42,8 +42,9 @@ from transformers import (
 )
 
 from amp_hf import AMPConfig, AMPTrainer
-from amp_hf.augment import train_transform
-from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
+from amp_hf.images.augment import train_transform
+from amp_hf.images.backbones import build_model, preprocessing
+from amp_hf.images.data import ImageDataset, as_is
 
 LABELS = [str(i) for i in range(10)]
 

@@ -21,9 +21,10 @@ from train_digits import digits
 from transformers import PrinterCallback
 
 from amp_hf import AMPTrainer
-from amp_hf.evidence import unaugmented
 from amp_hf.flatness import LossSurface
-from amp_hf.image_classification import build, parse
+from amp_hf.images.arguments import parse
+from amp_hf.images.building import build
+from amp_hf.images.comparison import unaugmented
 
 CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
 UNUSED = os.path.join(CACHE, "unused")

@@ -1,11 +1,11 @@
-"""Searches for ε with Optuna, by the likelihood of a fifth of the training set, held out.
+"""Searches for ε with Optuna, by the likelihood of a held-out fifth of the training set.
 
     python recipes/search_epsilon.py --model resnet18 --from_scratch --ascent_start 0 --trials 12
     python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
 
 Further arguments are those of train_cifar10.py. The stock Trainer (ε = 0) and then every trial
-train from the same initial weights on the same images; the test set is not looked at. Prints the
-command that trains with the best.
+train from the same initial weights on the same images; the test set is never looked at. Prints the
+command that trains with the best ε.
 """
 
 import copy
@@ -18,13 +18,13 @@ import optuna
 import train_cifar10
 from transformers import HfArgumentParser, PrinterCallback
 
-from amp_hf.image_arguments import parse
-from amp_hf.image_classification import build
+from amp_hf.images.arguments import parse
+from amp_hf.images.building import build
 
 
 @dataclass
 class SearchArguments:
-    trials: int = field(default=12, metadata={"help": "Trainings."})
+    trials: int = field(default=12, metadata={"help": "Trainings to try."})
     lowest: float = field(default=0.02, metadata={"help": "The smallest ε that is tried."})
     highest: float = field(default=1.0, metadata={"help": "The largest ε that is tried."})
 
@@ -52,7 +52,9 @@ def main() -> None:
         defaults = train_cifar10.DEFAULTS | DEFAULTS
         images, args, amp_config = parse(defaults, train_cifar10.FROM_SCRATCH_DEFAULTS, None, rest)
         if not images.validation_fraction:
-            raise ValueError("--validation_fraction must be above 0: a search needs images for it.")
+            raise ValueError(
+                "--validation_fraction must be above 0: the search compares on held-out images."
+            )
         trainer, _ = build(images, args, amp_config)
     except (ValueError, OSError) as error:
         sys.exit(f"search_epsilon.py: error: {error}")
@@ -89,7 +91,7 @@ def main() -> None:
     if best is not None:  # the main process
         found, nll = best.hyperparameters["epsilon"], best.objective
         if unperturbed <= nll:
-            print(f"\nNo epsilon was better than none: {found:.4g} was the best of them.")
+            print(f"\nNo epsilon was better than none: {found:.4g} was the best of those tried.")
             found, nll = 0, unperturbed
         command = ["python", "recipes/train_cifar10.py", *rest, "--epsilon", f"{found:.4g}"]
         print(f"\nBest: epsilon {found:.4g} (held-out NLL {nll:.4f})\n\n    {shlex.join(command)}")

@@ -8,7 +8,7 @@ Every field of TrainingArguments, AMPConfig and ImageArguments is an argument; a
 may come first.
 """
 
-from amp_hf.image_classification import main
+from amp_hf.images.classification import main
 
 DEFAULTS = dict(dataset="uoft-cs/cifar10", augment="objects", output_dir="outputs/cifar10")
 FROM_SCRATCH_DEFAULTS = dict(num_train_epochs=30)

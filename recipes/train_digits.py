@@ -32,11 +32,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from amp_hf import AMPConfig, AMPTrainer
-from amp_hf.augment import eval_transform
 from amp_hf.flatness import LossSurface
+from amp_hf.images.augment import eval_transform
+from amp_hf.images.backbones import build_model, preprocessing
+from amp_hf.images.data import ImageDataset, as_is
 from amp_hf.metrics import compute_metrics
 from amp_hf.pictures import draw_loss_curves, loss_curves, save
-from amp_hf.vision import ImageDataset, as_is, build_model, preprocessing
 
 MODEL = "test_resnet"  # timm's smallest ResNet, 0.4 million parameters
 BATCH_SIZE = 32
@@ -66,8 +67,8 @@ class DigitsArguments:
                 raise ValueError(f"--{name} must be an integer in [{least}, {most}].")
         if self.train_samples % BATCH_SIZE == 1:
             raise ValueError(
-                f"--train_samples {self.train_samples} leaves a last batch of one, which BatchNorm "
-                "cannot do with: take one more or less."
+                f"--train_samples {self.train_samples} leaves a last batch of one image, which "
+                "BatchNorm cannot train on: take one more or one less."
             )
 
 
@@ -82,7 +83,7 @@ def digits() -> datasets.Dataset:
 
 
 def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: str):
-    """One run: its trainer, the loss on its training set, results on the images not seen."""
+    """One run: its trainer, the loss around its weights, its results on the images left out."""
     rows = digits().train_test_split(
         train_size=options.train_samples, stratify_by_column="label", seed=seed
     )

@@ -8,7 +8,7 @@ Every field of TrainingArguments, AMPConfig and ImageArguments is an argument; a
 may come first.
 """
 
-from amp_hf.image_classification import main
+from amp_hf.images.classification import main
 
 if __name__ == "__main__":
     main(

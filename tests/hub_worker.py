@@ -6,12 +6,15 @@ import torch
 from support import MLP, make, trainer_for
 from torch import distributed
 
+from amp_hf.images.pushing import RecipeTrainer
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, repository = sys.argv[1:]
     own = dict(push_to_hub=True, hub_model_id=repository, hub_strategy="every_save")
     trainer = trainer_for(
-        make(MLP), folder, max_steps=2, save_strategy="steps", save_steps=1, **own
+        make(MLP), folder, cls=RecipeTrainer, max_steps=2, save_strategy="steps", save_steps=1,
+        **own,
     )  # fmt: skip
     trainer.train()
     trainer.push_to_hub()

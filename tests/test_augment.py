@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from amp_hf.augment import (
+from amp_hf.images.augment import (
     Cutout,
     RandomAffine,
     RandomCrop,

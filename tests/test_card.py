@@ -1,10 +1,14 @@
 """The model card, as the Trainer writes it: valid metadata, and text that says what was done."""
 
+import ast
+import itertools
 import re
+from urllib.parse import quote, unquote
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from support import MLP, digits, make, padded, strokes, trainer_for
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, Trainer
@@ -67,9 +71,9 @@ def test_the_card_says_how_the_model_was_trained_and_what_came_of_it(tmp_path):
 
 def test_the_results_are_in_the_metadata(tmp_path):
     trainer = trained(tmp_path)
-    trainer.evidence.dataset = "mnist/digits"
-    trainer.evidence.base_model = "someone/base"
-    trainer.evidence.license = "apache-2.0"
+    trainer.card_details.dataset = "mnist/digits"
+    trainer.card_details.base_model = "someone/base"
+    trainer.card_details.license = "apache-2.0"
     data = card_of(trainer, tasks="image-classification", tags=["mine"]).data
     assert data.license == "apache-2.0"
     assert data.library_name == "transformers"
@@ -82,12 +86,12 @@ def test_the_results_are_in_the_metadata(tmp_path):
     assert found["eval", "loss"] == trainer.state.log_history[-2]["eval_loss"]
 
 
-def test_the_twin_and_the_flatness_stand_beside_the_model(tmp_path):
+def test_the_baseline_and_the_flatness_stand_beside_the_model(tmp_path):
     trainer = trained(tmp_path)
-    trainer.evidence.twin = {"test": {"accuracy": 0.5, "loss": 2.0}}
-    trainer.evidence.twin_seconds = 1e-3
-    trainer.evidence.flatness = {"AMP": FLATNESS, "ERM": FLATNESS}
-    trainer.evidence.pictures = {"A picture": "loss_curves.png"}
+    trainer.card_details.baseline = {"test": {"accuracy": 0.5, "loss": 2.0}}
+    trainer.card_details.baseline_seconds = 1e-3
+    trainer.card_details.flatness = {"AMP": FLATNESS, "ERM": FLATNESS}
+    trainer.card_details.pictures = {"A picture": "loss_curves.png"}
     text = card_of(trainer).text
     assert "|  | AMP | ERM |" in text
     assert re.search(r"\| test: accuracy \| \d+\.\d\d% \| 50\.00% \|", text)
@@ -204,10 +208,10 @@ def test_a_resumed_training_has_no_time_because_only_a_part_was_measured(tmp_pat
     assert "2 of 8 steps had an ascent" in text and "Training took" not in text
 
 
-def test_metrics_of_any_kind_and_a_twin_that_lacks_some_do_not_stop_the_card(tmp_path):
+def test_metrics_of_any_kind_and_a_baseline_that_lacks_some_do_not_stop_the_card(tmp_path):
     trainer = trained(tmp_path)
     trainer.state.log_history[-1] |= {"test_confusion": [[1, 2]], "test_best": "seven"}
-    trainer.evidence.twin = {"test": {"accuracy": 0.5}}
+    trainer.card_details.baseline = {"test": {"accuracy": 0.5}}
     assert re.search(r"\| test: loss \| [\d.]+ \|  \|", card_of(trainer).text)
 
 
@@ -230,7 +234,7 @@ def test_a_module_without_a_config_has_a_card(tmp_path):
 )
 def test_only_what_can_be_on_the_hub_is_named_as_a_dataset(tmp_path, dataset, listed):
     trainer = trained(tmp_path)
-    trainer.evidence.dataset = dataset
+    trainer.card_details.dataset = dataset
     card = card_of(trainer)
     assert card.data.datasets == listed
     assert card.data.eval_results[0].dataset_name == dataset
@@ -239,7 +243,7 @@ def test_only_what_can_be_on_the_hub_is_named_as_a_dataset(tmp_path, dataset, li
 
 def test_a_license_that_the_hub_does_not_list_is_named_beside_other(tmp_path):
     trainer = trained(tmp_path)
-    trainer.evidence.license = "dinov3-license"
+    trainer.card_details.license = "dinov3-license"
     data = card_of(trainer).data
     assert (data.license, data.license_name) == ("other", "dinov3-license")
 
@@ -247,6 +251,115 @@ def test_a_license_that_the_hub_does_not_list_is_named_beside_other(tmp_path):
 def test_a_regular_expression_does_not_break_the_table(tmp_path):
     text = card_of(trained(tmp_path, AMPConfig(perturb="fc1|fc2"))).text
     assert r"| `perturb` | `fc1\|fc2` |" in text
+
+
+# Names, as whoever made a model or a data set may have chosen them.
+HOSTILE = [
+    "a\n# Another heading\n\n<script>alert(1)</script>",
+    "[click](javascript:alert(1))",
+    "javascript:alert(1)/x",
+    '"><img src=x onerror=alert(1)>',
+    "![a picture](https://example.org/x.png)",
+    "a | b `c` \\| d \\",
+    "``` and *emphasis* and _more_ of __it__ and ~~this~~",
+    "&lt;script&gt; {{ 7 * 7 }} {% raw %}",
+    "a\n---\nlicense: other\n---\n",
+    "- a\n- b\r\n1. c\u2028d\x00e",
+    "x: [1, 2]  # not YAML",
+]
+
+
+def rendered(text):
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    markdown.validateLink = lambda url: True  # or it would leave out javascript:
+    return markdown.parse(text)
+
+
+def inline(tokens, kind):
+    """The text of every heading, or table cell, as a reader sees it."""
+    return [
+        "".join(child.content for child in token.children if child.type != "html_inline")
+        for before, token in itertools.pairwise(tokens)
+        if before.type == kind
+    ]
+
+
+def plain(name):
+    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
+
+
+def as_code(name):
+    return name if name.isprintable() else repr(name)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_a_name_says_the_card_keeps_its_shape(tmp_path, name):
+    def metrics(prediction):
+        return {name: 0.5, "said": name}
+
+    trainer = trainer_for(
+        make(MLP), tmp_path, data=digits()[:64], eval_strategy="steps", eval_steps=4,
+        trainer={"compute_metrics": metrics, "eval_dataset": digits()[:8]},
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate(metric_key_prefix=name)
+    trainer.card_details.dataset = trainer.card_details.base_model = name
+    trainer.card_details.pictures = {name: name}
+    trainer.card_details.license = name
+    card = card_of(trainer, model_name=name)
+    tokens = rendered(card.text)
+
+    headings = [plain(name), "Results", "Training", "Cost", "Versions", "Citation"]
+    assert inline(tokens, "heading_open") == headings
+    children = [child for token in tokens for child in token.children or [token]]
+    found = {child.content for child in children if child.type in ("html_inline", "html_block")}
+    assert found <= {"<code>", "</code>"}
+    assert [child for child in children if child.type == "link_open"] == []
+    (picture,) = [child for child in children if child.type == "image"]
+    assert unquote(picture.attrs["src"]) == unquote(quote(name))
+    assert "".join(child.content for child in picture.children) == plain(name)
+
+    cells = inline(tokens, "td_open")
+    assert plain(f"{name}: {name}") in cells
+    assert plain(name) in cells  # what `metrics` said in the course of the training
+    (introduction,) = [token for token in tokens if token.content.startswith("This model")]
+    seen = "".join(c.content for c in introduction.children if c.type != "html_inline")
+    assert seen.count(as_code(name)) == 2
+
+    assert card.data.model_name == name
+    assert {result.dataset_name for result in card.data.eval_results} == {name}
+    assert name in {result.metric_type for result in card.data.eval_results}
+    assert card.data.license == "other"
+    assert (card.data.base_model, card.data.datasets) == (None, None)  # the Hub would refuse them
+
+
+@pytest.mark.parametrize(
+    "perturb",
+    ["(?x) fc1 | # the first\n  fc2", "fc1`|fc2", r"fc1\||fc2", "fc1|<b>[*]|_"],
+)
+def test_a_regular_expression_of_any_kind_is_one_cell_of_the_table(tmp_path, perturb):
+    cells = inline(rendered(card_of(trained(tmp_path, AMPConfig(perturb=perturb))).text), "td_open")
+    assert cells[cells.index("perturb") + 1] == as_code(perturb)
+    assert cells[cells.index("norm_stats") + 1] == "clean"
+
+
+@pytest.mark.parametrize(
+    "name", ['a "b"', r"C:\new", "```", "a'b\n```\nc", "ä \U0001f600", *HOSTILE[:3]]
+)
+def test_the_snippets_load_from_a_folder_of_any_name(tmp_path, name):
+    small = dict(vocab_size=17, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**small, bos_token_id=0, eos_token_id=0))
+    trainer = trainer_for(model, tmp_path / name, data=strokes(), trainer={"data_collator": padded})
+    fences = [token for token in rendered(card_of(trainer).text) if token.type == "fence"]
+    snippets = [token.content for token in fences if token.info == "python"]
+    loads = [
+        ast.literal_eval(node)
+        for snippet in snippets
+        for call in ast.walk(ast.parse(snippet))
+        if isinstance(call, ast.Call)
+        for node in [*call.args, *(keyword.value for keyword in call.keywords)]
+    ]
+    assert loads == ["text-generation", *[str(tmp_path / name)] * 3]
 
 
 def test_a_language_models_card_has_snippets_that_run(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,6 +11,7 @@ from transformers import HfArgumentParser
 from amp_hf import AMPConfig
 
 NAN, INF = float("nan"), float("inf")
+HUGE, TINY = 10**400, Fraction(1, 10**400)  # no float is near the first, and 0 is near the second
 
 # Every field: what it accepts as its errors say it, values of that kind, and values that are not.
 FIELDS = {
@@ -82,6 +84,38 @@ def test_every_bad_value_raises_an_error_naming_the_field_and_what_it_accepts(na
     assert str(caught.value).startswith(expected)
 
 
+@pytest.mark.parametrize("name", ["epsilon", "inner_lr", "ascent_start", "ascent_fraction"])
+def test_a_number_is_checked_as_the_float_that_it_becomes(name):
+    bad = {
+        "epsilon": [HUGE, -HUGE],
+        "inner_lr": [HUGE, TINY],
+        "ascent_start": [HUGE, 1 - TINY],
+        "ascent_fraction": [HUGE, TINY],
+    }
+    for value in bad[name]:
+        with pytest.raises(ValueError, match=rf"^AMPConfig\.{name} must be ") as caught:
+            AMPConfig(**{name: value})
+        assert str(caught.value).endswith(f"got {value!r}.")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_value_that_python_does_not_print_is_refused_by_the_name_of_its_field(name):
+    nested = []
+    for _ in range(10**5):
+        nested = [nested]
+    for value, kind in ((-(10**5000), "int"), (nested, "list")):
+        with pytest.raises(
+            ValueError, match=rf"^AMPConfig\.{name} must be .*, got a {kind} that is too large"
+        ):
+            AMPConfig(**{name: value})
+
+
+@pytest.mark.parametrize("pattern", ["(" * 9999 + ")" * 9999, "a{99999999999}"], ids=len)
+def test_a_regular_expression_that_python_cannot_compile_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"^AMPConfig\.perturb must be "):
+        AMPConfig(perturb=pattern)
+
+
 def test_a_broken_regular_expression_is_explained():
     with pytest.raises(ValueError, match=r"got 'a\('\. \(missing \), unterminated subpattern"):
         AMPConfig(perturb="a(")
@@ -100,6 +134,20 @@ def test_a_config_comes_back_from_a_dict_and_from_json_equal_to_itself(tmp_path)
         assert AMPConfig.from_json_file(tmp_path / "amp_config.json") == config
 
 
+def test_a_config_that_cannot_be_written_leaves_the_file_that_was_there(tmp_path):
+    path = tmp_path / "amp_config.json"
+    UNUSUAL.to_json_file(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError):
+            AMPConfig().to_json_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert AMPConfig.from_json_file(path) == UNUSUAL
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
 def test_a_file_that_is_no_json_object_is_named(tmp_path, text):
     path = tmp_path / "amp_config.json"
@@ -107,6 +155,21 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, text):
     with pytest.raises(ValueError, match=r"amp_config\.json is not a JSON object"):
         AMPConfig.from_json_file(path)
     assert AMPConfig().changes_since(path) == [f"{path} is not a JSON object"]
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, f'{{"epsilon": 1{"0" * 5000}}}'], ids=len)
+def test_a_file_that_python_cannot_read_as_json_is_named(tmp_path, text):
+    path = tmp_path / "amp_config.json"
+    path.write_text(text)
+    assert AMPConfig().changes_since(path) == [f"{path} is not a JSON object"]
+
+
+def test_a_file_with_a_value_nested_as_deep_as_python_reads_it_is_refused(tmp_path):
+    path = tmp_path / "amp_config.json"
+    for depth in range(1, sys.getrecursionlimit() + 20):
+        path.write_text(f'{{"epsilon": {"[" * depth}{"]" * depth}}}')
+        (message,) = AMPConfig().changes_since(path)
+        assert "must be a finite number >= 0" in message or "is not a JSON object" in message
 
 
 def test_a_command_line_sets_every_field():
@@ -188,6 +251,12 @@ def test_a_budget_that_buys_no_ascent_is_refused(budget):
         f"takes a finite number > 1, times the stock Trainer's training time, got {budget!r}."
         in (str(caught.value))
     )
+
+
+@pytest.mark.parametrize("budget", [HUGE, 1 + TINY, 10**5000], ids=["huge", "tiny", "unprintable"])
+def test_a_budget_is_checked_as_the_float_that_it_becomes(budget):
+    with pytest.raises(ValueError, match=r"takes a finite number > 1, "):
+        AMPConfig.for_budget(budget)
 
 
 @pytest.mark.parametrize(

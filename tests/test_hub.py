@@ -1,5 +1,6 @@
 """Pushes over real HTTP: the real client, against a server that speaks the Hub's protocol."""
 
+import json
 import logging
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,12 +18,15 @@ import torch
 import transformers.utils.hub
 from hub_server import Hub
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from images import parquet_folder, rows
-from support import MLP, differing, make, on, trainer_for, weights
+from support import MLP, always, differing, make, on, trainer_for, weights
+from transformers import Trainer
 
-from amp_hf import evidence
-from amp_hf.hub import HubError
-from amp_hf.image_classification import main
+from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.images import comparison
+from amp_hf.images.classification import main
+from amp_hf.images.pushing import HubError, RecipeTrainer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
@@ -41,7 +46,7 @@ def hub(monkeypatch):
 
 def pushing(folder, hub, **kwargs):
     own = dict(push_to_hub=True, hub_model_id=REPO, hub_token=hub.token, max_steps=4)
-    trainer = trainer_for(make(MLP), folder, **own | kwargs)
+    trainer = trainer_for(make(MLP), folder, **dict(cls=RecipeTrainer) | own | kwargs)
 
     def wait(event, state, control):
         """Steps here are shorter than a push, which must not see the next one's files."""
@@ -50,6 +55,24 @@ def pushing(folder, hub, **kwargs):
 
     trainer.add_callback(on(["on_save"], wait))
     return trainer
+
+
+def pushes(hub, **kwargs):
+    """What a training and the pushes after it ask of an empty Hub: the requests, the commits."""
+    hub.repos.clear()
+    hub.objects.clear()
+    hub.requests.clear()
+    trainer = pushing("out", hub, hub_always_push=True, save_strategy="steps", save_steps=2,
+                      **kwargs)  # fmt: skip
+    trainer.train()
+    trainer.save_model()  # which is a push, too
+    trainer.push_to_hub()
+    requests = Counter(
+        (method, re.sub("^/lfs/.*", "/lfs/", path), token)
+        for method, path, token in hub.requests
+        if path != "/api/agent-harnesses"  # asked once per process
+    )
+    return requests, hub.repos[REPO].branches["main"]
 
 
 def recipe(hub, folder, data, *words, token=True):
@@ -150,6 +173,50 @@ def test_every_hub_strategy_pushes_what_it_says(tmp_path, hub, strategy):
     assert "adversarial-model-perturbation" in ModelCard(files["README.md"].decode()).data.tags
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+@pytest.mark.parametrize("strategy", ["end", "every_save", "all_checkpoints"])
+def test_an_amp_trainer_pushes_as_the_stock_trainer_does(
+    tmp_path, monkeypatch, hub, strategy, epsilon
+):
+    """The same requests and the same files, but for the AMPConfig and what the card says."""
+    pushed = []
+    for own in (dict(cls=Trainer), dict(cls=AMPTrainer, config=always(epsilon=epsilon))):
+        folder = tmp_path / own["cls"].__name__
+        folder.mkdir()
+        monkeypatch.chdir(folder)  # where the output folders can have one name
+        pushed.append(pushes(hub, hub_strategy=strategy, **own))
+    (stock_requests, stock_commits), (requests, commits) = pushed
+    assert requests == stock_requests
+    for stock, commit in zip(stock_commits, commits, strict=True):
+        assert commit.title == stock.title
+        own = {path for path in commit.files if Path(path).name == "amp_config.json"}
+        assert commit.files.keys() - own == stock.files.keys()
+        changed = {path for path in stock.files if commit.files[path] != stock.files[path]}
+        if epsilon == 0:
+            assert {Path(path).name for path in changed} <= {"README.md", "trainer_state.json"}
+    assert b"## Cost" in commit.files["README.md"] and b"## Cost" not in stock.files["README.md"]
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_an_amp_trainer_fails_to_push_as_the_stock_trainer_does(tmp_path, hub, status):
+    """Where the repository cannot be made, and where the commit is refused."""
+
+    def failure(request, act, *args, **kwargs):
+        hub.fail(request, status)
+        with pytest.raises(HfHubHTTPError) as raised:
+            act(*args, **kwargs)
+        hub.faults.clear()
+        return type(raised.value), str(raised.value)
+
+    failures = []
+    for cls in (Trainer, AMPTrainer):
+        hub.repos.clear()
+        created = failure("POST /api/repos/create", pushing, tmp_path, hub, cls=cls)
+        trainer = pushing(tmp_path, hub, cls=cls)
+        failures.append((created, failure("POST /api/models/.*/commit/", trainer.push_to_hub)))
+    assert failures[0] == failures[1]
+
+
 @pytest.mark.distributed
 def test_two_processes_push_once(tmp_path):
     worker = Path(__file__).with_name("hub_worker.py")
@@ -232,6 +299,22 @@ def test_a_push_that_was_not_asked_for_at_the_start_saves_first(tmp_path, hub):
     assert hub.private(REPO) and "model.safetensors" in hub.files(REPO, "v2")
 
 
+def test_a_saved_model_is_pushed_with_its_config_which_a_failing_push_does_not_keep_back(
+    tmp_path, hub
+):
+    trainer = pushing(tmp_path / "out", hub)
+    trainer.train()
+    trainer.amp_config = AMPConfig(0.2)
+    trainer.save_model()
+    assert hub.commits(REPO)[-1] == "Model save"
+    assert json.loads(hub.files(REPO)["amp_config.json"]) == trainer.amp_config.to_dict()
+    hub.fail("POST /api/models/.*/commit/", 403)
+    trainer.amp_config = AMPConfig(0.3)
+    with pytest.raises(Exception, match="403 Forbidden"):
+        trainer.save_model(tmp_path / "elsewhere")
+    assert AMPConfig.from_json_file(tmp_path / "elsewhere" / "amp_config.json").epsilon == 0.3
+
+
 def test_a_push_in_the_background_that_fails_is_reported(tmp_path, hub, caplog):
     trainer = pushing(tmp_path, hub)
     trainer.train()
@@ -255,7 +338,7 @@ def test_a_push_that_fails_amid_the_training_is_reported_and_the_training_goes_o
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert trainer.state.global_step == 4
-    (record,) = [record for record in caplog.records if record.name == "amp_hf.hub"]
+    (record,) = [record for record in caplog.records if record.name == "amp_hf.images.pushing"]
     assert f"A push to {REPO} failed: 403 Forbidden" in record.message
     assert "hf upload" in record.message
 
@@ -295,7 +378,7 @@ def test_what_cannot_be_measured_for_the_card_keeps_no_model_from_the_hub(
 ):
     data = parquet_folder(tmp_path / "data", train=32, test=32)
     error = RuntimeError("derivative for aten::something is not implemented")
-    monkeypatch.setattr(evidence.LossSurface, "trace", lambda *_: raise_(error))
+    monkeypatch.setattr(comparison.LossSurface, "trace", lambda *_: raise_(error))
     words = [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path / 'out'}", "--flatness"]
     words += ["--push_to_hub", f"--hub_model_id={REPO}", f"--hub_token={hub.token}"]
     with pytest.raises(RuntimeError, match="aten::something"):

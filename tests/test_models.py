@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from images import NAMES, rows
 
-from amp_hf import models
-from amp_hf.vision import build_model, preprocessing
+from amp_hf.images import models
+from amp_hf.images.backbones import build_model, preprocessing
 
 # Of the same kinds, small enough for a test.
 SMALL = {

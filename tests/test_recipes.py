@@ -17,9 +17,13 @@ from PIL import Image
 from support import differing
 from transformers import AutoModelForImageClassification, Trainer
 
-from amp_hf import AMPConfig, AMPTrainer, image_classification, vision
-from amp_hf.augment import eval_transform
-from amp_hf.image_classification import ImageArguments, main, parse
+from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.images import building
+from amp_hf.images import data as image_data
+from amp_hf.images.arguments import ImageArguments, parse
+from amp_hf.images.augment import eval_transform
+from amp_hf.images.backbones import preprocessing
+from amp_hf.images.classification import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.append(str(RECIPES))
@@ -72,19 +76,20 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_p
 
 
 def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
+    folder = tmp_path / 'a "flat" model'
     command = [RECIPES / "train_cifar10.py", *SMALL.split(), "--dataset", data]
-    command += ["--output_dir", tmp_path, "--validation_fraction=0.25", "--epsilon=0.2"]
+    command += ["--output_dir", folder, "--validation_fraction=0.25", "--epsilon=0.2"]
     out = run(*command, "--max_eval_samples=50")
-    found = results(tmp_path)
+    found = results(folder)
     for split in ("eval", "test"):
         assert {f"{split}_{name}" for name in ("accuracy", "nll", "ece")} <= found.keys()
     assert found["epoch"] == 2.0
-    assert AMPConfig.from_json_file(tmp_path / "amp_config.json").epsilon == 0.2
-    assert f'pipeline("image-classification", model="{tmp_path}")' in out
+    assert AMPConfig.from_json_file(folder / "amp_config.json").epsilon == 0.2
+    assert rf'pipeline("image-classification", model="{tmp_path}/a \"flat\" model")' in out
 
 
 def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data):
-    """The twin, the flatness, further splits and pictures, each of a real run."""
+    """The ERM baseline, the flatness, further splits and pictures, each of a real run."""
     folder = tmp_path / "data"
     parquet_folder(folder, train=96, test=40)
     rows(200, 240).to_parquet(folder / "data" / "contrast-00000-of-00001.parquet")
@@ -115,28 +120,28 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
     assert flatness["AMP"]["samples"] == 96
     for name, path in (("AMP", folder), ("ERM", folder / "_erm")):  # of the images as they are
         model = AutoModelForImageClassification.from_pretrained(path).eval()
-        geometry, mean, std = vision.preprocessing(model)
-        plain = vision.ImageDataset(
+        geometry, mean, std = preprocessing(model)
+        plain = image_data.ImageDataset(
             rows(0, 96), "img", "label", geometry, eval_transform(mean, std)
         )
         with torch.no_grad():
             loss = model(**plain.__getitems__(list(range(96)))).loss.item()
         assert flatness[name]["loss"] == pytest.approx(loss, rel=1e-4)
-    # The twin is what the stock Trainer trains from the same seed, and stays off the Hub.
+    # The baseline is what the stock Trainer trains from the same seed, and stays off the Hub.
     stock = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--dataset", tmp_path / "data"]
     run(*stock, "--epsilon=0", "--output_dir", tmp_path / "stock")
-    twin, expected = (
+    baseline, expected = (
         AutoModelForImageClassification.from_pretrained(path).state_dict()
         for path in (folder / "_erm", tmp_path / "stock")
     )
-    assert differing(twin, expected) == []
+    assert differing(baseline, expected) == []
     assert "README.md (its card)" in out
 
 
 def test_pictures_without_matplotlib_are_refused_before_the_training(
     tmp_path, data, capsys, monkeypatch
 ):
-    monkeypatch.setattr(image_classification, "find_spec", lambda name: None)
+    monkeypatch.setattr(building, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main({}, {}, None, [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path}",
                             "--flatness"])  # fmt: skip
@@ -274,7 +279,7 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(
 
 
 def test_an_image_that_a_worker_cannot_decode_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(vision, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_data, "IN_MEMORY_BYTES", 0)
     data = rows(0, 64).cast_column("img", datasets.Image(decode=False))
     cells = data[:]
     cells["img"][13] = {"bytes": b"\x89PNG\r\n broken", "path": None}

@@ -192,6 +192,17 @@ def test_the_config_lies_beside_every_saved_model(tmp_path):
         assert (tmp_path / folder / "model.safetensors").is_file()
 
 
+def test_a_save_that_fails_leaves_the_config_of_the_weights_that_are_there(tmp_path):
+    trainer = trainer_for(make(MLP), tmp_path, AMPConfig(0.1))
+    trainer.save_model()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()  # where no weights can be written
+    trainer.amp_config = AMPConfig(0.2)
+    with pytest.raises(Exception, match="directory"):
+        trainer.save_model()
+    assert AMPConfig.from_json_file(tmp_path / "amp_config.json").epsilon == 0.1
+
+
 @pytest.mark.parametrize("latest", [True, False])
 def test_resuming_with_another_config_names_each_field_that_differs(tmp_path, caplog, latest):
     save = dict(save_strategy="steps", save_steps=2)

@@ -1,24 +1,19 @@
-import subprocess
-import sys
-
 import datasets
 import pytest
-import timm
 import torch
 from images import NAMES, image_folder, parquet_folder, rows
 from PIL import Image
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
-from amp_hf import vision
-from amp_hf.augment import eval_transform, train_transform
-from amp_hf.vision import (
+from amp_hf.images import data as image_data
+from amp_hf.images.augment import eval_transform, train_transform
+from amp_hf.images.backbones import build_model, preprocessing
+from amp_hf.images.data import (
     EpochCallback,
     ImageDataset,
     ImageDecodeError,
     as_is,
-    build_model,
     load_images,
-    preprocessing,
 )
 
 ARCHITECTURE = "test_resnet"
@@ -30,52 +25,6 @@ def image_dataset(data=None, transform=None, size=24, **kwargs):
     transform = transform or eval_transform(mean, std)
     data = rows(0, 64) if data is None else data
     return ImageDataset(data, "img", "label", geometry, transform, **kwargs)
-
-
-def test_a_model_from_scratch_has_the_initial_values_of_timm():
-    torch.manual_seed(3)
-    expected = timm.create_model("resnet18", num_classes=10).state_dict()
-    torch.manual_seed(3)
-    model = build_model("resnet18", NAMES, 32, from_scratch=True)
-    state = model.timm_model.state_dict()
-    assert [name for name in expected if not torch.equal(expected[name], state[name])] == []
-
-
-RELOAD = """
-import sys
-sys.modules["amp_hf"] = None  # as if it were not installed
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-folder, image = sys.argv[1:]
-model = AutoModelForImageClassification.from_pretrained(folder)
-inputs = AutoImageProcessor.from_pretrained(folder)(Image.open(image).convert("RGB"))
-torch.save(model(**inputs).logits.detach(), image + ".pt")
-best = pipeline("image-classification", model=folder)(image, top_k=1)[0]["label"]
-print(best == model.config.id2label[int(model(**inputs).logits.argmax())], best)
-"""
-
-
-@pytest.mark.parametrize(
-    ("architecture", "model_args"), [(ARCHITECTURE, None), ("test_vit", {"patch_size": 8})]
-)
-def test_a_saved_model_predicts_the_same_in_a_process_without_amp_hf(
-    tmp_path, architecture, model_args
-):
-    model = build_model(architecture, NAMES, 32, from_scratch=True, model_args=model_args)
-    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
-    data = rows(0, 1)
-    data[0]["img"].save(tmp_path / "digit.png")
-    dataset = ImageDataset(
-        data, "img", "label", preprocessing(model)[0], eval_transform(*preprocessing(model)[1:])
-    )
-    with torch.no_grad():
-        expected = model.eval()(dataset[0]["pixel_values"][None]).logits
-    command = [sys.executable, "-c", RELOAD, str(tmp_path), str(tmp_path / "digit.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.startswith("True "), done.stderr
-    assert done.stdout.split()[1] == NAMES[int(expected.argmax())]
-    torch.testing.assert_close(torch.load(tmp_path / "digit.png.pt"), expected)
 
 
 def test_training_sees_what_the_saved_image_processor_will_make_of_an_image(tmp_path):
@@ -138,31 +87,6 @@ def test_a_dataset_out_of_reach_says_how_to_go_on(name):
         load_images(name)
 
 
-def test_an_unknown_model_suggests_near_names():
-    with pytest.raises(ValueError, match=r"'resnet8' is neither.*did you mean .*resnet18"):
-        build_model("resnet8", NAMES, 32, from_scratch=True)
-
-
-def test_pretrained_weights_out_of_reach_say_how_to_go_on():
-    with pytest.raises(ValueError, match="Pass --from_scratch"):
-        build_model("resnet18", NAMES, 32)
-
-
-@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "inception_v3"])
-def test_images_too_small_for_the_backbone_are_refused(architecture):
-    with pytest.raises(ValueError, match=r"does not work on images of 9x9 pixels.*--image_size"):
-        build_model(architecture, NAMES, 9, from_scratch=True)
-
-
-def test_a_saved_model_with_another_head_is_refused_and_one_that_fits_is_loaded(tmp_path):
-    model = build_model(ARCHITECTURE, NAMES, 24, from_scratch=True)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"classifies 10 labels.*the dataset has 3 \(a, b, c"):
-        build_model(str(tmp_path), ["a", "b", "c"], 24)
-    state = build_model(str(tmp_path), NAMES, 24).state_dict()
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-
-
 def test_a_corrupt_image_is_named_by_its_index(tmp_path):
     data = rows(0, 20).cast_column("img", datasets.Image(decode=False))
     cells = data[:]
@@ -173,7 +97,7 @@ def test_a_corrupt_image_is_named_by_its_index(tmp_path):
 
 
 def lazily(monkeypatch):
-    monkeypatch.setattr(vision, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_data, "IN_MEMORY_BYTES", 0)
 
 
 def test_images_decoded_lazily_are_those_decoded_once(monkeypatch):

@@ -1,8 +1,9 @@
-"""Random augmentations of whole batches, each image with draws of its own.
+"""Random augmentations of whole batches, drawn for each image separately.
 
-torchvision's v2 transforms draw once a call, so a batch would be cropped alike, and one call an
-image costs more than a small network's step. These draw for all images at once and compose with
-torchvision's in `v2.Compose`. They take (B, C, H, W); the random numbers are torch's global ones.
+torchvision's v2 transforms draw once per call. Called on a batch, they crop all its images alike;
+called on every image, they cost more than a small network's step. These draw for all images of a
+batch at once. They take (B, C, H, W), draw from torch's global generator, and go into `v2.Compose`
+together with torchvision's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torchvision.transforms import v2
 
 
 class RandomCrop(nn.Module):
-    """Pads every side by `padding` pixels of value `fill` and crops back to the image's size."""
+    """Pads every side by `padding` pixels of value `fill`, then crops to the image's size."""
 
     def __init__(self, padding: int = 4, fill: int = 128) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class RandomHorizontalFlip(nn.Module):
 
 
 class RandomAffine(nn.Module):
-    """Rotates, shifts and scales each image; float images, edges repeated.
+    """Rotates, shifts and scales each image, repeating its edges; takes float images.
 
     Args:
         degrees: rotation within ± `degrees`.
@@ -59,7 +60,7 @@ class RandomAffine(nn.Module):
         angle = angle * math.radians(self.degrees)
         zoom = 1 + zoom * self.scale
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
-        # A side is 2 units long in the coordinates of affine_grid.
+        # In the coordinates of affine_grid, a side is 2 long.
         x, y = 2 * self.translate * x, 2 * self.translate * y
         theta = torch.stack([torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)], 1)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -67,7 +68,7 @@ class RandomAffine(nn.Module):
 
 
 class RandomLight(nn.Module):
-    """Brightness and contrast of each image within 1 ± `strength`; float images in [0, 1]."""
+    """Scales brightness and contrast within 1 ± `strength`; takes float images in [0, 1]."""
 
     def __init__(self, strength: float) -> None:
         super().__init__()
@@ -82,9 +83,12 @@ class RandomLight(nn.Module):
 
 
 class Cutout(nn.Module):
-    """Zeroes a square of `size` pixels, its centre anywhere (DeVries & Taylor, arXiv 1708.04552).
+    """Zeroes a square around a random pixel (DeVries & Taylor, arXiv 1708.04552).
 
-    Comes after the normalization, so that zero is the mean colour.
+    Use it after normalization, where zero is the mean colour.
+
+    Args:
+        size: pixels a side.
     """
 
     def __init__(self, size: int) -> None:
@@ -102,7 +106,7 @@ class Cutout(nn.Module):
 
 
 class EachImage(nn.Module):
-    """A torchvision transform of single images, such as `v2.AutoAugment`, on each of a batch."""
+    """Applies a torchvision transform, such as `v2.AutoAugment`, to each image separately."""
 
     def __init__(self, transform: nn.Module) -> None:
         super().__init__()
@@ -115,14 +119,14 @@ class EachImage(nn.Module):
 def train_transform(
     kind: str, mean: list[float], std: list[float], cutout: int = 0, auto_augment: bool = False
 ) -> v2.Compose:
-    """From uint8 images to normalized, augmented float ones.
+    """Turns uint8 images into augmented, normalized float ones.
 
     Args:
-        kind: `"objects"` (crop with a padding of 4 pixels of 128, and flip: the AMP paper's for
-            CIFAR), `"signs"` (rotate, shift, scale and light, never a flip, which would turn one
+        kind: `"objects"` (pad by 4 pixels of value 128, crop, and flip: the AMP paper's choice for
+            CIFAR), `"signs"` (rotate, shift, scale, and change the light; a flip would turn one
             sign into another) or `"none"`.
-        cutout: side of the square in pixels; 0 for none. The paper's is 16 on CIFAR.
-        auto_augment: AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019).
+        cutout: side of the square in pixels; 0 for none. The paper uses 16 on CIFAR.
+        auto_augment: whether to apply AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019).
     """
     steps: list[nn.Module] = []
     if kind == "objects":
@@ -139,4 +143,5 @@ def train_transform(
 
 
 def eval_transform(mean: list[float], std: list[float]) -> v2.Compose:
+    """Turns uint8 images into normalized float ones."""
     return train_transform("none", mean, std)

@@ -1,4 +1,4 @@
-"""What the recipes for image classification take as arguments."""
+"""The arguments of the recipes for image classification."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .card import LICENSES
-from .config import AMPConfig
+from ..card import LICENSES
+from ..config import AMPConfig
 
 
 @dataclass
 class ImageArguments:
-    """What to train on what."""
+    """Which model to train on which images, and what to measure for its card."""
 
-    model: str = field(default="resnet18", metadata={"help": "A timm model, or a saved folder."})
+    model: str = field(
+        default="resnet18", metadata={"help": "A timm model, or the folder of a saved one."}
+    )
     dataset: str = field(
         default="uoft-cs/cifar10",
         metadata={"help": "A Hub id, a local folder of parquet files, or an image folder."},
@@ -31,47 +33,53 @@ class ImageArguments:
     label_column: str | None = field(
         default=None, metadata={"help": "Default: the first column of class labels."}
     )
-    image_size: int = field(default=32, metadata={"help": "Pixels a side that images come to."})
+    image_size: int = field(default=32, metadata={"help": "Pixels a side, after resizing."})
     from_scratch: bool = field(
         default=False, metadata={"help": "timm's initial values instead of pretrained weights."}
     )
     model_args: dict | str | None = field(
         default=None,
-        metadata={"help": "Further ones of a timm model, in JSON: '{\"patch_size\": 4}'."},
+        metadata={"help": "Further arguments of the timm model, in JSON: '{\"patch_size\": 4}'."},
     )
     augment: Literal["objects", "signs", "none"] = field(
         default="objects",
         metadata={"help": "objects: crop and flip; signs: rotate, shift, scale, light, no flip."},
     )
-    cutout: int = field(default=0, metadata={"help": "Cutout of this many pixels a side; 0: none."})
-    auto_augment: bool = field(default=False, metadata={"help": "AutoAugment, CIFAR-10 policy."})
+    cutout: int = field(default=0, metadata={"help": "Pixels a side of Cutout's square; 0: none."})
+    auto_augment: bool = field(
+        default=False, metadata={"help": "AutoAugment with its policy for CIFAR-10."}
+    )
     validation_fraction: float = field(
         default=0.0,
-        metadata={"help": "Share of the training set held out, by class, for validation."},
+        metadata={"help": "Share of each class of the training set to hold out for validation."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many images."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many images."}
+    )
     eval_splits: list[str] = field(
         default_factory=list,
         metadata={"help": "Further splits of the dataset to evaluate the trained model on."},
     )
     compare_erm: bool = field(
         default=False,
-        metadata={"help": "Train the same without perturbation, too, for the model card."},
+        metadata={"help": "For the model card: train the ERM baseline, too, without perturbation."},
     )
     flatness: bool = field(
         default=False,
-        metadata={"help": "Measure and draw how flat the minimum is, for the model card."},
+        metadata={"help": "For the model card: measure and draw how flat the minimum is."},
     )
     license: str | None = field(
         default=None,
-        metadata={"help": "Of the model, as the Hub names it. Default: the pretrained weights'."},
+        metadata={"help": "The model's, as the Hub names it. Default: the pretrained weights'."},
     )
     budget: float | None = field(
         default=None,
         metadata={
-            "help": "How many times the stock Trainer's training time may be spent, > 1: the "
-            "settings of AMPConfig.for_budget. Further arguments override them."
+            "help": "Training time to spend, in multiples > 1 of the stock Trainer's: sets AMP as "
+            "AMPConfig.for_budget does. Other arguments override it."
         },
     )
 
@@ -90,7 +98,7 @@ class ImageArguments:
         if self.license is not None and self.license not in LICENSES:
             raise ValueError(
                 f"--license must be one of the Hub's identifiers, such as apache-2.0 or other, got "
-                f"{self.license!r}: https://huggingface.co/docs/hub/repositories-licenses has them."
+                f"{self.license!r}: see https://huggingface.co/docs/hub/repositories-licenses."
             )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
@@ -98,7 +106,7 @@ class ImageArguments:
             )
 
 
-# For fine-tuning; the recipes add what is their dataset's own.
+# For fine-tuning. Each recipe adds what its dataset needs.
 _DEFAULTS: dict[str, Any] = dict(
     image_size=128,
     num_train_epochs=10,
@@ -112,7 +120,7 @@ _DEFAULTS: dict[str, Any] = dict(
     warmup_steps=0.05,
     max_grad_norm=0.0,
     logging_steps=50,
-    logging_nan_inf_filter=False,  # a training that diverges says so
+    logging_nan_inf_filter=False,  # shows when a training diverges
     save_strategy="epoch",
     save_total_limit=2,
     dataloader_pin_memory=torch.cuda.is_available(),
@@ -126,7 +134,13 @@ def parse(
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> tuple[ImageArguments, TrainingArguments, AMPConfig]:
-    """The arguments, from a YAML file if the first one is that, and from the command line."""
+    """Parses the command line, which may begin with the name of a YAML file of arguments.
+
+    Args:
+        defaults: the recipe's, of any argument.
+        from_scratch_defaults: further ones, which hold with `--from_scratch`.
+        argv: the arguments, if they do not come from the command line.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _read_yaml(argv[0]) + argv[1:]
@@ -144,20 +158,20 @@ def parse(
     if known.budget is not None:
         parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
     images, args, amp_config = parser.parse_args_into_dataclasses(argv)
-    args.remove_unused_columns = False  # an `ImageDataset` has none
+    args.remove_unused_columns = False  # an `ImageDataset` has no columns
     return images, args, amp_config
 
 
 def _read_yaml(path: str) -> list[str]:
-    """The file's arguments as they would stand on the command line."""
+    """The file's arguments, as they would be written on the command line."""
     try:
         with open(path, encoding="utf-8") as file:
             config = yaml.safe_load(file) or {}
         if not isinstance(config, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is not a mapping")
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} must be YAML, a line `argument: value` each: {reason}") from error
+        raise ValueError(f"{path} must be YAML, one `argument: value` a line: {reason}") from error
     arguments: list[str] = []
     for name, value in config.items():
         if value is not None:

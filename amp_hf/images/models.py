@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Networks for images of 32 pixels, registered with timm: the AMP paper's, and small-image ResNets.
 
-    import amp_hf.models, timm
+    import amp_hf.images.models, timm
 
     timm.create_model("preactresnet18", num_classes=10)
 
-Built of timm's own networks and layers. timm alone does not know them, so this file is saved and
-pushed with each model, and imports nothing of the rest of amp_hf. Numbers of parameters are for
-10 classes.
+They are built from timm's own networks and layers, but timm alone cannot build them. So this file
+is saved and pushed beside the weights, and imports nothing else of amp_hf. Numbers of parameters
+are for 10 classes.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ default_cfgs = generate_default_cfgs({name: _CFG for name in NAMES})
 
 
 class TimmWrapperForImageClassification(transformers.TimmWrapperForImageClassification):
-    """transformers' own, around one of `NAMES`, saved together with this file.
+    """transformers' class of this name, for the networks in `NAMES`: saves this file with them.
 
     Without amp_hf, `AutoModelForImageClassification.from_pretrained(…, trust_remote_code=True)` and
-    `pipeline(…, trust_remote_code=True)` load it. It has its parent's name because transformers
-    goes by names when it chooses a model's loss, its task on the Hub and its pipelines.
+    `pipeline(…, trust_remote_code=True)` load what it saves. It keeps its parent's name because
+    transformers chooses a model's loss, its task on the Hub and its pipelines by that name.
     """
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        # The file that is saved is that of the class, which FSDP2 replaces by one of torch's.
+        # transformers saves the file that defines the class, and FSDP2 replaces the class.
         sharded = self.__class__
         self.__class__ = TimmWrapperForImageClassification
         try:
@@ -69,7 +69,7 @@ TimmWrapperForImageClassification.register_for_auto_class("AutoModelForImageClas
 class PreActResNet(ResNetV2):
     """Pre-activation ResNet of basic blocks for small images (He et al., arXiv 1603.05027).
 
-    timm's ResNetV2 with BatchNorm, and one 3x3 convolution that keeps the size as its stem.
+    timm's ResNetV2 with BatchNorm and a stem that keeps the size: one 3x3 convolution.
     """
 
     def __init__(self, layers: list[int], channels: tuple[int, ...], **kwargs: Any) -> None:
@@ -84,18 +84,20 @@ class PreActResNet(ResNetV2):
         )
         width = self.feature_info[0]["num_chs"]
         self.stem = nn.Sequential()
-        self.stem.add_module("conv", create_conv2d(self.in_chans, width, 3, **_placed(kwargs)))
+        self.stem.add_module(
+            "conv", create_conv2d(self.in_chans, width, 3, **_factory_kwargs(kwargs))
+        )
         self.init_weights(zero_init_last=False)
         _keep_size(self)
 
 
 class SmallResNet(ResNet):
-    """timm's ResNet with a stem for small images: one 3x3 convolution, which keeps the size."""
+    """timm's ResNet with a stem that keeps the size of small images: one 3x3 convolution."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         width = self.feature_info[0]["num_chs"]
-        stem: Any = create_conv2d(self.in_chans, width, 3, **_placed(kwargs))
+        stem: Any = create_conv2d(self.in_chans, width, 3, **_factory_kwargs(kwargs))
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.conv1 = stem
         self.add_module("maxpool", nn.Identity())
@@ -103,35 +105,36 @@ class SmallResNet(ResNet):
 
 
 class SmallVGG(VGG):
-    """timm's VGG whose head takes maps of any size, for small images (arXiv 1409.1556)."""
+    """timm's VGG with a head for maps of any size, as small images need it (arXiv 1409.1556)."""
 
     def __init__(self, cfg: list[int | str], **kwargs: Any) -> None:
-        # A head for 7x7 maps is made and dropped; this ratio keeps it small.
+        # The parent makes a head for 7x7 maps, which is replaced: this ratio keeps it small.
         super().__init__(cfg, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, **kwargs)
         self.pre_logits = ConvMlp(
-            self.num_features, kernel_size=1, drop_rate=self.drop_rate, **_placed(kwargs)
+            self.num_features, kernel_size=1, drop_rate=self.drop_rate, **_factory_kwargs(kwargs)
         )
         self._initialize_weights()
 
 
 class PyramidBottleneck(nn.Module):
-    """Bottleneck with a BatchNorm before each convolution and one behind the last.
+    """Bottleneck with a BatchNorm before each convolution and one after the last.
 
-    The shortcut has no parameters: it is pooled, and padded with channels of zeros.
+    The shortcut has no parameters: it is pooled where the stride asks for it, and padded with
+    channels of zeros.
     """
 
     expansion = 4
 
-    def __init__(self, in_chs: int, width: int, stride: int, **placed: Any) -> None:
+    def __init__(self, in_chs: int, width: int, stride: int, **factory_kwargs: Any) -> None:
         super().__init__()
         out_chs = width * self.expansion
-        self.norm1 = nn.BatchNorm2d(in_chs, **placed)
-        self.conv1 = create_conv2d(in_chs, width, 1, **placed)
-        self.norm2 = BatchNormAct2d(width, **placed)
-        self.conv2 = create_conv2d(width, width, 3, stride=stride, **placed)
-        self.norm3 = BatchNormAct2d(width, **placed)
-        self.conv3 = create_conv2d(width, out_chs, 1, **placed)
-        self.norm4 = nn.BatchNorm2d(out_chs, **placed)
+        self.norm1 = nn.BatchNorm2d(in_chs, **factory_kwargs)
+        self.conv1 = create_conv2d(in_chs, width, 1, **factory_kwargs)
+        self.norm2 = BatchNormAct2d(width, **factory_kwargs)
+        self.conv2 = create_conv2d(width, width, 3, stride=stride, **factory_kwargs)
+        self.norm3 = BatchNormAct2d(width, **factory_kwargs)
+        self.conv3 = create_conv2d(width, out_chs, 1, **factory_kwargs)
+        self.norm4 = nn.BatchNorm2d(out_chs, **factory_kwargs)
         self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if stride > 1 else nn.Identity()
         self.more_chs = out_chs - in_chs
 
@@ -143,14 +146,14 @@ class PyramidBottleneck(nn.Module):
 
 
 class PyramidNet(nn.Module):
-    """PyramidNet of bottlenecks, whose width grows by the same at every block (arXiv 1610.02915).
+    """PyramidNet: bottlenecks that get wider by the same at every block (arXiv 1610.02915).
 
     Args:
-        depth: of the network, 9n + 2.
-        alpha: by how much the width grows from the first block to the last.
+        depth: layers, 9n + 2 of them.
+        alpha: how much wider the last block is than the stem, before the bottlenecks' expansion.
 
     Raises:
-        ValueError: another depth.
+        ValueError: `depth` is not 9n + 2.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class PyramidNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        **placed: Any,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
         if depth < 11 or depth % 9 != 2:
@@ -172,7 +175,8 @@ class PyramidNet(nn.Module):
         self.grad_checkpointing = False
         channels, width, blocks = 16, 16.0, (depth - 2) // 9
         self.stem = nn.Sequential(
-            create_conv2d(in_chans, channels, 3, **placed), nn.BatchNorm2d(channels, **placed)
+            create_conv2d(in_chans, channels, 3, **factory_kwargs),
+            nn.BatchNorm2d(channels, **factory_kwargs),
         )
         self.stages = nn.Sequential()
         self.feature_info = []
@@ -181,13 +185,13 @@ class PyramidNet(nn.Module):
             for j in range(blocks):
                 width += alpha / (3 * blocks)
                 step = stride if j == 0 else 1
-                stage.append(PyramidBottleneck(channels, round(width), step, **placed))
+                stage.append(PyramidBottleneck(channels, round(width), step, **factory_kwargs))
                 channels = round(width) * PyramidBottleneck.expansion
             self.stages.append(stage)
             self.feature_info.append(dict(num_chs=channels, reduction=2**i, module=f"stages.{i}"))
-        self.norm = BatchNormAct2d(channels, **placed)
+        self.norm = BatchNormAct2d(channels, **factory_kwargs)
         self.num_features = self.head_hidden_size = channels
-        self.head = ClassifierHead(channels, num_classes, global_pool, drop_rate, **placed)
+        self.head = ClassifierHead(channels, num_classes, global_pool, drop_rate, **factory_kwargs)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -218,23 +222,23 @@ class PyramidNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _placed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The device and the data type that timm was asked for."""
+def _factory_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of timm's arguments, the device and the data type."""
     return {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
 
 
 def _features(count: int) -> dict[str, Any]:
-    """How timm finds the features of a network for `features_only`."""
+    """Tells timm where to find `count` feature maps, for `features_only`."""
     return dict(feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(count))))
 
 
 def _register(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """With timm, unless this file has come there by another way: with a model that brought it."""
+    """Registers with timm what no other copy of this file, saved with a model, has registered."""
     return entrypoint if is_model(entrypoint.__name__) else register_model(entrypoint)
 
 
 def _keep_size(model: Any) -> None:
-    """What the stem no longer divides by four, in the description that timm keeps of a model."""
+    """Corrects timm's description of the features: the stem no longer divides the size by 4."""
     for info in model.feature_info:
         info["reduction"] = max(1, info["reduction"] // 4)
 
@@ -268,7 +272,7 @@ def pyramidnet164_a270(pretrained: bool = False, **kwargs: Any) -> PyramidNet:
 
 @_register
 def vgg16_small(pretrained: bool = False, **kwargs: Any) -> SmallVGG:
-    """VGG-16 with BatchNorm, as the AMP paper's code has it: 33.6 million parameters."""
+    """VGG-16 with BatchNorm, as in the AMP authors' code: 33.6 million parameters."""
     args: dict[str, Any] = dict(cfg=cfgs["vgg16"])
     return build_model_with_cfg(
         SmallVGG, "vgg16_small", pretrained, **_features(6), **args | kwargs

@@ -1,0 +1,1 @@
+"""Image classification: timm backbones, image datasets, and the job that the recipes run."""

@@ -1,0 +1,175 @@
+"""What a Trainer knows about a training once it is over: the facts of the model card."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState
+from transformers.modelcard import (
+    TrainingSummary,
+    extract_hyperparameters_from_trainer,
+    parse_log_history,
+)
+from transformers.training_args import OptimizerNames
+
+from .config import AMPConfig
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]  # by split ("test"), by metric ("accuracy")
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """One training and the model that it led to.
+
+    Args:
+        name: the model's.
+        task: the Hub's name for what the model does; `None` where its class does not tell.
+        source: the Hub repository, or else the folder, that the model is loaded from.
+        revision: the branch of that repository; `None` is the main one.
+        has_code: whether loading the model runs code that lies beside its weights.
+        arguments: the `TrainingArguments` that shape the result, by name.
+        steps: optimizer steps taken.
+        ascent_steps: those that computed a perturbation, as `amp_config` plans them. With
+            `ascent_reuse`, the step after each checkpoint computed one more.
+        perturbed_steps: those that computed a perturbation or reused one.
+        best_step: the step whose model was loaded at the end; `None` if it is the last step's.
+        is_perturbed: whether any step that led to this model was perturbed, by a Δ other than 0.
+        delta_norm: ‖Δ‖₂, the mean of the logged values; `None` where none was logged.
+        seconds: how long the training took; `None` where it was resumed, and so timed only in part.
+        results: what was measured last on each split.
+        history: the evaluations in the course of the training, in order.
+    """
+
+    name: str
+    task: str | None
+    source: str
+    revision: str | None
+    has_code: bool
+    amp_config: AMPConfig
+    arguments: dict[str, Any]
+    steps: int
+    ascent_steps: int
+    perturbed_steps: int
+    best_step: int | None
+    is_perturbed: bool
+    delta_norm: float | None
+    seconds: float | None
+    results: Results
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        trainer: Trainer,
+        config: AMPConfig,
+        model_name: str | None = None,
+        tasks: str | list[str] | None = None,
+    ) -> TrainingRecord:
+        """What `trainer` knows now; `model_name` and `tasks` as `create_model_card` takes them."""
+        args, state = trainer.args, trainer.state
+        name = model_name or Path(str(args.output_dir)).absolute().name
+        # With a base model, the summary would ask the Hub for its license.
+        tasks = TrainingSummary.from_trainer(trainer, finetuned_from="", tasks=tasks).tasks
+        best = best_step(trainer)
+        perturbs = [config.perturbs_at(step, state.max_steps) for step in range(state.global_step)]
+        norms = delta_norms(state)
+        return cls(
+            name=name,
+            task=next(iter(tasks), None) if isinstance(tasks, list) else tasks,
+            source=trainer.hub_model_id or str(args.output_dir),
+            revision=args.hub_revision if trainer.hub_model_id else None,
+            has_code=getattr(trainer.model, "_auto_class", None) is not None,
+            amp_config=config,
+            arguments=_arguments(trainer),
+            steps=state.global_step,
+            ascent_steps=sum(
+                config.ascends_at(step, state.max_steps) for step in range(state.global_step)
+            ),
+            perturbed_steps=sum(perturbs),
+            best_step=best,
+            is_perturbed=any(perturbs[:best]) and (any(norms) or not norms),
+            delta_norm=sum(norms) / len(norms) if norms else None,
+            seconds=_seconds(trainer),
+            results=results_of(trainer),
+            history=parse_log_history(state.log_history)[1] or [],
+        )
+
+
+def _arguments(trainer: Trainer) -> dict[str, Any]:
+    args = trainer.args
+    arguments = extract_hyperparameters_from_trainer(trainer)
+    arguments.pop("mixed_precision_training", None)  # it says "Native AMP", of all names
+    optimizer = OptimizerNames(args.optim).value
+    arguments["optimizer"] = f"{optimizer} {args.optim_args or ''}".strip()
+    names = ["weight_decay", "max_grad_norm"]
+    if "adam" in optimizer:
+        names += ["adam_beta1", "adam_beta2", "adam_epsilon"]
+    arguments |= {name: getattr(args, name) for name in names}
+    return arguments | {name: True for name in ("bf16", "fp16") if getattr(args, name)}
+
+
+def _seconds(trainer: Trainer) -> float | None:
+    times = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
+    # The Trainer sets its first step when it starts; a state from a file comes without.
+    return times[-1] if times and getattr(trainer, "_initial_global_step", 0) == 0 else None
+
+
+def delta_norms(state: TrainerState) -> list[float]:
+    """Every logged ‖Δ‖₂, each the mean over the ascents since the log before."""
+    return [log["amp/delta_norm"] for log in state.log_history if "amp/delta_norm" in log]
+
+
+def best_step(trainer: Trainer) -> int | None:
+    """The optimizer step whose model `load_best_model_at_end` loaded; `None` if it loaded none."""
+    state = trainer.state
+    ended = any("train_runtime" in log for log in state.log_history)
+    loads = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if ended and loads else None
+
+
+def results_of(trainer: Trainer) -> Results:
+    """The last evaluation of the model as it is now, for each prefix that `evaluate` was given."""
+    results: Results = {}
+    best = best_step(trainer)
+    ended = False
+    for entry in trainer.state.log_history:
+        ended = ended or "train_runtime" in entry
+        if best is not None and not ended and entry.get("step") != best:
+            continue
+        for split in (key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")):
+            if split != "train":
+                speed = {f"{split}_{name}" for name in _SPEED}
+                results[split] = {
+                    key.removeprefix(f"{split}_"): value
+                    for key, value in entry.items()
+                    if key.startswith(f"{split}_")
+                    and key not in speed
+                    and isinstance(value, int | float)
+                }
+    return results
+
+
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
+    """Says so where a training that should have been perturbed was not."""
+    norms = delta_norms(state)
+    if norms and not any(norms) and config.ascent_below is not None:
+        logger.warning(
+            f"No loss was below AMPConfig.ascent_below={config.ascent_below:g}, so that nothing "
+            "was perturbed: the ascents cost time and changed nothing. Train longer, raise "
+            "ascent_below (inf: at any loss), or leave AMP out by epsilon=0."
+        )
+    steps = range(state.global_step)
+    if config.epsilon > 0 and not any(config.perturbs_at(s, state.max_steps) for s in steps):
+        logger.warning(
+            f"Training ended at step {state.global_step} of {state.max_steps}, before the first "
+            f"perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it may end "
+            "early, use a smaller one."
+        )
