@@ -1,8 +1,10 @@
 """AMP beside ERM on several networks, data sets and schedules: the tables of README.md.
 
-    python recipes/evidence.py                     # all that evidence.json does not hold yet: hours
-    python recipes/evidence.py --tables results    # one of: choice, results, defaults, grid
-    python recipes/evidence.py --data path/to      # local copies in its folders cifar10 and gtsrb
+    python recipes/measurements/erm_comparison.py
+    python recipes/measurements/erm_comparison.py --tables results --data path/to/copies
+
+Runs all that erm_comparison.json does not hold yet, which takes hours; `--data` is a folder of
+local copies, in its folders cifar10 and gtsrb.
 
 `choice` picks ε for AMP at every step on a fifth of the training set, held out; `results`
 compares on the official test sets; `defaults` looks for one setting that suits all schedules;
@@ -288,7 +290,7 @@ def draw_grid(runs: Runs, path: Path) -> None:
 
 
 @dataclass
-class EvidenceArguments(RunArguments):
+class ComparisonArguments(RunArguments):
     seeds: list[int] | None = field(
         default=None, metadata={"help": "Default: 0 for choice and grid, 10 to 12 for the others."}
     )
@@ -304,7 +306,7 @@ class EvidenceArguments(RunArguments):
 def main() -> None:
     try:
         (options,) = HfArgumentParser(
-            EvidenceArguments, description=__doc__, allow_abbrev=False
+            ComparisonArguments, description=__doc__, allow_abbrev=False
         ).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
         for name in options.tables:
@@ -316,7 +318,7 @@ def main() -> None:
             if name == "results":
                 runs.time(wanted)
     except ValueError as error:
-        sys.exit(f"evidence.py: error: {error}")
+        sys.exit(f"erm_comparison.py: error: {error}")
     for table in (choice_table, results_table, defaults_table):
         print(f"\n{table(runs)}")
     draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))

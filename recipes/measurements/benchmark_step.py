@@ -1,7 +1,7 @@
 """What a step costs beside the stock Trainer's: AMP, and what else a user could install.
 
-    python recipes/benchmark_step.py
-    python recipes/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16 --json out.json
+    python recipes/measurements/benchmark_step.py
+    python recipes/measurements/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16
 
 Each trainer has a process of its own, as it would in use, and takes turns there with the stock
 one, one cycle of optimizer steps each, `--rounds` times over, so that whatever else the machine

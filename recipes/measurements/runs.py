@@ -6,6 +6,7 @@ A run that the file holds is not repeated, so a script that was stopped goes on 
 import contextlib
 import json
 import os
+import runpy
 import shlex
 import statistics
 import tempfile
@@ -17,7 +18,6 @@ from typing import Any
 
 from filelock import FileLock
 from tqdm.auto import tqdm
-from train_digits import digits
 from transformers import PrinterCallback
 
 from amp_hf import AMPTrainer
@@ -120,6 +120,7 @@ def _made_once(name: str, make: Callable[[Path], object]) -> str:
 
 def _save_digits(folder: Path) -> None:
     """scikit-learn's digits, 1,000 of them to train on, as a dataset of parquet files."""
+    digits = runpy.run_path(str(Path(__file__).parents[1] / "train_digits.py"))["digits"]
     parts = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
     for split, rows in parts.items():
         rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")

@@ -1,8 +1,10 @@
 """What AMP gains for the time it takes, beside ERM given the same time: a table and a plot.
 
-    python recipes/frontier.py                   # all that frontier.json does not hold yet: hours
-    python recipes/frontier.py --settings gtsrb --rows ERM "budget 1.15" --seeds 0 1 2
-    python recipes/frontier.py --data path/to    # local copies in its folders cifar10 and gtsrb
+    python recipes/measurements/frontier.py
+    python recipes/measurements/frontier.py --settings gtsrb --rows ERM "budget 1.15" --seeds 0 1 2
+
+Runs all that frontier.json does not hold yet, which takes hours; `--data` is a folder of local
+copies, in its folders cifar10 and gtsrb.
 
 Trains timm's smallest ResNet from scratch on subsets, on two schedules long enough for ERM to
 overfit and on a short one, and tests the last epoch's model on the whole official test set. A run
