@@ -5,7 +5,9 @@ import json
 
 import benchmark_step
 import erm_comparison
+import erm_settings
 import frontier
+import plan
 import pytest
 import runs
 import torch
@@ -16,6 +18,11 @@ from transformers import Trainer
 from amp_hf import AMPConfig, AMPTrainer
 
 MEASUREMENTS = RECIPES / "measurements"
+
+
+def saved_runs(script, folder=MEASUREMENTS):
+    path = folder / f"{script.__name__}.json"
+    return runs.Runs(script.SETTINGS, script.ROWS, plan.RunArguments(), path)
 
 
 def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
@@ -101,9 +108,7 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
     assert len(done) == len(set(done)) == 12
     assert found["times"]["gtsrb"].keys() == set(rows[1:])
     assert found["times"]["gtsrb"]["ERM"] == [1, 1]
-    options = frontier.FrontierArguments(output=str(tmp_path / "frontier.json"))
-    runs = frontier.Runs(frontier.SETTINGS, frontier.ROWS, options, tmp_path)
-    table = frontier.table(runs, "gtsrb")
+    table = frontier.table(saved_runs(frontier, tmp_path), "gtsrb")
     assert table in capsys.readouterr().out
     accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == "budget 1.15"]
     assert f"{sum(accuracies) / 2:.2f} ± " in table
@@ -111,11 +116,10 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
 
 
 def test_the_tables_of_the_frontier_are_those_of_its_results():
-    options = frontier.FrontierArguments()
-    runs = frontier.Runs(frontier.SETTINGS, frontier.ROWS, options, MEASUREMENTS / "frontier.json")
+    found = saved_runs(frontier)
     text = (MEASUREMENTS / "README.md").read_text()
     for key in frontier.SETTINGS:
-        assert frontier.table(runs, key) in text
+        assert frontier.table(found, key) in text
 
 
 def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
@@ -132,7 +136,7 @@ def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monk
     first = json.loads((tmp_path / "erm_comparison.json").read_text())["runs"]
     assert len(first) == 6
     assert all("eigenvalue" not in run for run in first)
-    tuned = [run for run in first if run["setting"].endswith("tuned")]
+    tuned = [run for run in first if erm_settings.SETTINGS[run["setting"]].base]
     assert "--model gtsrb_test_resnet_short" in tuned[0]["command"]
     assert (tmp_path / "cache" / "gtsrb_test_resnet_short" / "model.safetensors").exists()
     assert tuned[0]["nll"] != first[0]["nll"]
@@ -141,7 +145,7 @@ def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monk
     assert found[:6] == first  # with their seconds
     done = [(run["setting"], run["row"], run["seed"]) for run in found]
     assert len(done) == len(set(done)) == 2 * 6 + 2 * 4
-    assert all(run["eigenvalue"] for run in found if not run["row"].startswith("held out"))
+    assert all(("eigenvalue" in run) == erm_settings.ROWS[run["row"]].curvature for run in found)
     out = capsys.readouterr().out
     key = "gtsrb test_resnet"
     erm, budget = (
@@ -155,12 +159,7 @@ def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monk
 
 
 def test_the_tables_of_the_comparison_are_those_of_its_results():
-    found = erm_comparison.Runs(
-        erm_comparison.SETTINGS,
-        erm_comparison.ROWS,
-        erm_comparison.ComparisonArguments(),
-        MEASUREMENTS / "erm_comparison.json",
-    )
+    found = saved_runs(erm_comparison)
     text = (MEASUREMENTS / "README.md").read_text()
     for table in (
         erm_comparison.choice_table,
@@ -170,7 +169,7 @@ def test_the_tables_of_the_comparison_are_those_of_its_results():
         assert table(found) in text
     for key in erm_comparison.COMPARED:
         accuracy = {
-            epsilon: found.values(key, f"held out, ε {epsilon}", "accuracy")[0]
+            epsilon: found.values(key, erm_settings.held_out(epsilon), "accuracy")[0]
             for epsilon in erm_comparison.TRIED[key]
         }
         assert erm_comparison.SETTINGS[key].epsilon == max(accuracy, key=accuracy.get)

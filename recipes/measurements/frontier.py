@@ -1,53 +1,54 @@
-"""What AMP gains for the time it takes, beside ERM given the same time: a table and a plot.
+"""What AMP gains for the time it takes, beside ERM given the same time: tables and a plot.
 
     python recipes/measurements/frontier.py
     python recipes/measurements/frontier.py --settings gtsrb --rows ERM "budget 1.15" --seeds 0 1 2
 
 Runs all that frontier.json does not hold yet, which takes hours; `--data` is a folder of local
-copies, in its folders cifar10 and gtsrb.
-
-Trains timm's smallest ResNet from scratch on subsets, on two schedules long enough for ERM to
-overfit and on a short one, and tests the last epoch's model on the whole official test set. A run
-that is in the file is not repeated, so an interrupted one goes on where it was. Times are measured
-apart from that, in short trainings that take turns, `--rounds` of them, as ratios to ERM's in the
-same round.
+copies, in its folders cifar10 and gtsrb. It trains timm's smallest ResNet from scratch on subsets,
+on two schedules long enough for ERM to overfit and on a short one, and tests the model of the last
+epoch on the official test set. Times are measured separately, in `--rounds` of short trainings that
+take turns, as ratios to ERM's in the same round.
 """
 
 import statistics
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from runs import Row, RunArguments, Runs, Setting, mean_and_spread
+from plan import CIFAR10, GTSRB, Row, RunArguments, Setting
+from runs import Runs
+from tables import lines_of
 from transformers import HfArgumentParser
 from variants import BF16Ascents, LookSAM, MomentumAscent, PreviousGradient
 
-COMMON = "--model test_resnet --from_scratch"
 SETTINGS = {
     "cifar10": Setting(
         "CIFAR-10, 2,000 images, 100 epochs",
-        "uoft-cs/cifar10",
-        f"{COMMON} --max_train_samples 2000 --augment objects",
+        CIFAR10,
+        "test_resnet",
+        "--max_train_samples 2000 --augment objects",
         100,
     ),
     "gtsrb": Setting(
         "GTSRB, 2,000 images, 60 epochs",
-        "tanganke/gtsrb",
-        f"{COMMON} --max_train_samples 2000 --augment none",
+        GTSRB,
+        "test_resnet",
+        "--max_train_samples 2000 --augment none",
         60,
     ),
     "gtsrb_short": Setting(
         "GTSRB, 10,000 images, 5 epochs",
-        "tanganke/gtsrb",
-        f"{COMMON} --max_train_samples 10000 --augment signs",
+        GTSRB,
+        "test_resnet",
+        "--max_train_samples 10000 --augment signs",
         5,
     ),
 }
-# The plot's families, in colours of Okabe and Ito (2008), which all can tell apart.
+# The plot's families, in the colours of Okabe and Ito (2008), which colour-blind readers can tell
+# apart.
 FAMILIES = {
     "ERM": dict(color="#000000", marker="o", linestyle="--"),
     "AMP, every step": dict(color="#D55E00", marker="s", linestyle="none"),
@@ -61,68 +62,47 @@ FAMILIES = {
     "AMP, plain between": dict(color="#CC79A7", marker="v", linestyle="none"),
     "AMP, 1/4 of the batch": dict(color="#E69F00", marker="P", linestyle="none"),
 }
-_ALWAYS = "--ascent_start 0"
-_ANY = "--ascent_below inf"
+ALWAYS = "--ascent_start 0"
+LAST_60 = "--ascent_start 0.4"
+ANY = "--ascent_below inf"
 ROWS = {
-    "ERM": Row("--epsilon 0", "ERM"),
-    "ERM, 1.15 × the epochs": Row("--epsilon 0", "ERM", epochs=1.15),
-    "ERM, 2 × the epochs": Row("--epsilon 0", "ERM", epochs=2.0),
-    "AMP, ε 0.1": Row(_ALWAYS, "AMP, every step"),
-    "AMP, ε 0.2": Row(f"{_ALWAYS} --epsilon 0.2", "AMP, every step"),
-    "AMP, ε 0.3": Row(f"{_ALWAYS} --epsilon 0.3", "AMP, every step"),
-    "AMP in the last 60 %, ε 0.2": Row("--ascent_start 0.4 --epsilon 0.2", "AMP, last 60 %"),
-    "budget 1.15": Row("--budget 1.15", "AMP for a budget"),
-    "budget 1.1, at any loss": Row(f"--budget 1.1 {_ANY}", "AMP for a budget, at any loss"),
-    "budget 1.15, at any loss": Row(f"--budget 1.15 {_ANY}", "AMP for a budget, at any loss"),
-    "budget 1.3, at any loss": Row(f"--budget 1.3 {_ANY}", "AMP for a budget, at any loss"),
-    "last 15 % (the default)": Row("", "AMP, last 15 %"),
-    "budget 1.15, at any loss, ε 0.1": Row(f"--budget 1.15 {_ANY} --epsilon 0.1"),
-    "budget 1.15, at any loss, ε 0.2": Row(f"--budget 1.15 {_ANY} --epsilon 0.2"),
-    "budget 1.15, at any loss, ε 0.3": Row(f"--budget 1.15 {_ANY} --epsilon 0.3"),
-    "every 7th step, ε 0.1": Row(f"{_ALWAYS} --ascent_every 7"),
-    "every 7th step, ε 0.2": Row(f"{_ALWAYS} --epsilon 0.2 --ascent_every 7", "AMP, plain between"),
+    "ERM": Row(epsilon=0, family="ERM"),
+    "ERM, 1.15 × the epochs": Row(epsilon=0, family="ERM", epochs=1.15),
+    "ERM, 2 × the epochs": Row(epsilon=0, family="ERM", epochs=2.0),
+    "AMP, ε 0.1": Row(ALWAYS, 0.1, family="AMP, every step"),
+    "AMP, ε 0.2": Row(ALWAYS, 0.2, family="AMP, every step"),
+    "AMP, ε 0.3": Row(ALWAYS, 0.3, family="AMP, every step"),
+    "AMP in the last 60 %, ε 0.2": Row(LAST_60, 0.2, family="AMP, last 60 %"),
+    "budget 1.15": Row("--budget 1.15", family="AMP for a budget"),
+    "budget 1.1, at any loss": Row(f"--budget 1.1 {ANY}", family="AMP for a budget, at any loss"),
+    "budget 1.15, at any loss": Row(f"--budget 1.15 {ANY}", family="AMP for a budget, at any loss"),
+    "budget 1.3, at any loss": Row(f"--budget 1.3 {ANY}", family="AMP for a budget, at any loss"),
+    "last 15 % (the default)": Row(family="AMP, last 15 %"),
+    "budget 1.15, at any loss, ε 0.1": Row(f"--budget 1.15 {ANY}", 0.1),
+    "budget 1.15, at any loss, ε 0.2": Row(f"--budget 1.15 {ANY}", 0.2),
+    "budget 1.15, at any loss, ε 0.3": Row(f"--budget 1.15 {ANY}", 0.3),
+    "every 7th step, ε 0.1": Row(f"{ALWAYS} --ascent_every 7", 0.1),
+    "every 7th step, ε 0.2": Row(f"{ALWAYS} --ascent_every 7", 0.2, family="AMP, plain between"),
     "every 7th step, reused, ε 0.2": Row(
-        f"{_ALWAYS} --epsilon 0.2 --ascent_every 7 --ascent_reuse true",
-        "AMP, reused from the start",
+        f"{ALWAYS} --ascent_every 7 --ascent_reuse true", 0.2, family="AMP, reused from the start"
     ),
     "1/4 of the batch, last 60 %, ε 0.2": Row(
-        "--epsilon 0.2 --ascent_start 0.4 --ascent_fraction 0.25", "AMP, 1/4 of the batch"
+        f"{LAST_60} --ascent_fraction 0.25", 0.2, family="AMP, 1/4 of the batch"
     ),
-    "momentum (MSAM), ε 0.1": Row("--epsilon 0.1", trainer=MomentumAscent),
-    "previous gradient, ε 0.1": Row("--epsilon 0.1", trainer=PreviousGradient),
-    "LookSAM, every 5th step, ε 0.1": Row("--epsilon 0.1", trainer=LookSAM),
-    "ascents in bf16, ε 0.2": Row(f"{_ALWAYS} --epsilon 0.2", trainer=BF16Ascents),
+    "momentum (MSAM), ε 0.1": Row(epsilon=0.1, trainer=MomentumAscent),
+    "previous gradient, ε 0.1": Row(epsilon=0.1, trainer=PreviousGradient),
+    "LookSAM, every 5th step, ε 0.1": Row(epsilon=0.1, trainer=LookSAM),
+    "ascents in bf16, ε 0.2": Row(ALWAYS, 0.2, trainer=BF16Ascents),
 }
 
 
-@dataclass
-class FrontierArguments(RunArguments):
-    seeds: list[int] = field(default_factory=lambda: [10, 11, 12])
-    settings: list[str] = field(default_factory=lambda: list(SETTINGS))
-    rows: list[str] = field(default_factory=lambda: list(ROWS))
-
-    def __post_init__(self) -> None:
-        self.check_names(settings=SETTINGS, rows=ROWS)
-        self.check_data(SETTINGS[key] for key in self.settings)
-
-
 def table(runs: Runs, key: str) -> str:
-    """A Markdown table of one setting: mean ± standard deviation over seeds."""
+    """Mean ± standard deviation over seeds, of one setting."""
     lines = [
         f"| {SETTINGS[key].title} | time | accuracy, % | NLL | ECE | n |",
         "|---|---|---|---|---|---|",
+        *lines_of(runs, key, ROWS, ("accuracy", "nll", "ece")),
     ]
-    for name in ROWS:
-        if accuracies := runs.values(key, name, "accuracy"):
-            ratio = runs.time_ratio(key, name)
-            cells = [
-                f"{ratio:.2f}" if ratio else "",
-                mean_and_spread([100 * accuracy for accuracy in accuracies], 2),
-                mean_and_spread(runs.values(key, name, "nll"), 3),
-                mean_and_spread(runs.values(key, name, "ece"), 3),
-                str(len(accuracies)),
-            ]
-            lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
@@ -167,11 +147,11 @@ def plot(runs: Runs, path: Path) -> None:
 def main() -> None:
     try:
         (options,) = HfArgumentParser(
-            FrontierArguments, description=__doc__, allow_abbrev=False
+            RunArguments, description=__doc__, allow_abbrev=False
         ).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
-        cells = [(key, row) for row in options.rows for key in options.settings]
-        runs.fill(cells, options.seeds)
+        cells = [(key, name) for name in ROWS for key in SETTINGS]
+        runs.fill(cells, seeds=[10, 11, 12])
         runs.time(cells)
     except ValueError as error:
         sys.exit(f"frontier.py: error: {error}")

@@ -1,6 +1,6 @@
-"""What the scripts share that run the recipes many times: results by setting, row and seed.
+"""Runs of the recipes, and their results in a JSON file: by setting, row and seed.
 
-A run that the file holds is not repeated, so a script that was stopped goes on where it was.
+A run that the file holds is not repeated, so a script that was interrupted continues where it was.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from plan import DIGITS, GTSRB, Row, RunArguments, Setting, check_names
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
@@ -25,110 +25,25 @@ from amp_hf.evidence import unaugmented
 from amp_hf.flatness import LossSurface
 from amp_hf.image_classification import build, parse
 
+RECIPES = Path(__file__).parents[1]
 CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
 UNUSED = os.path.join(CACHE, "unused")
-DIGITS = "digits"  # scikit-learn's
 CURVATURE_SAMPLES = 250
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained on what, for how long.
-
-    Args:
-        dataset: Hub id, or `DIGITS`.
-        argv: the recipe's arguments.
-        epsilon: what stands for {epsilon} in a row's arguments.
-        base: the setting whose ERM model training begins with, instead of a new one.
-    """
-
-    title: str
-    dataset: str
-    argv: str
-    epochs: int
-    epsilon: float | None = None
-    base: str | None = None
-
-    @property
-    def folder(self) -> str:
-        return self.dataset.rpartition("/")[2]
-
-
-@dataclass(frozen=True)
-class Row:
-    """How it is trained.
-
-    Args:
-        family: in a plot.
-        epochs: times the setting's.
-        curvature: whether the largest eigenvalue of the Hessian is measured.
-    """
-
-    argv: str
-    family: str | None = None
-    epochs: float = 1.0
-    trainer: type[AMPTrainer] = AMPTrainer
-    curvature: bool = False
-
-
-@dataclass
-class RunArguments:
-    rounds: int = field(default=9, metadata={"help": "Of the timing; 0 leaves it out."})
-    data: str | None = field(
-        default=None, metadata={"help": "Folder of local copies; else they come from the Hub."}
-    )
-    output: str | None = field(
-        default=None,
-        metadata={"help": "All results, in JSON; plots lie beside it. Default: beside this file."},
-    )
-
-    def check_names(self, **known: Iterable[str]) -> None:
-        """That every name in each of these options is a known one."""
-        for option, names in known.items():
-            if unknown := [value for value in getattr(self, option) if value not in names]:
-                raise ValueError(f"--{option} knows {', '.join(names)}, not {unknown[0]!r}.")
-
-    def check_data(self, settings: Iterable[Setting]) -> None:
-        for setting in settings if self.data else ():
-            if setting.dataset != DIGITS and not os.path.isdir(self._copy(setting)):
-                raise ValueError(
-                    f"--data {self.data} has no folder {setting.folder!r}. Pass --data a folder of "
-                    "local copies, or leave it out to take the data sets from the Hub."
-                )
-
-    def source(self, setting: Setting) -> str:
-        """The `--dataset` of the recipe."""
-        if setting.dataset == DIGITS:
-            return _made_once(DIGITS, _save_digits)
-        return self._copy(setting) if self.data else setting.dataset
-
-    def _copy(self, setting: Setting) -> str:
-        return os.path.join(self.data or "", setting.folder)
-
-
-def _made_once(name: str, make: Callable[[Path], object]) -> str:
-    """A folder for all processes: it is there as a whole or not at all."""
-    folder = Path(CACHE, name)
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            part = Path(tempfile.mkdtemp(dir=CACHE))
-            make(part)
-            part.replace(folder)
-    return str(folder)
-
-
-def _save_digits(folder: Path) -> None:
-    """scikit-learn's digits, 1,000 of them to train on, as a dataset of parquet files."""
-    digits = runpy.run_path(str(Path(__file__).parents[1] / "train_digits.py"))["digits"]
-    parts = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
-    for split, rows in parts.items():
-        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+Cells = Iterable[tuple[str, str]]  # settings and rows
 
 
 class Runs:
-    """The results in a JSON file: `found["runs"]`, a mapping each, and `found["times"]`, the ratios
-    of training times to ERM's by setting and row."""
+    """Results in a JSON file: one mapping per run in `found["runs"]`, and in `found["times"]`, by
+    setting and row, the ratios of training times to ERM's.
+
+    Args:
+        options: `settings`, `rows` and `seeds` restrict what is run.
+        path: of the file, unless `options.output` names another.
+
+    Raises:
+        ValueError: `options` names what does not exist.
+    """
 
     def __init__(
         self,
@@ -141,22 +56,26 @@ class Runs:
         self.rows = rows
         self.options = options
         self.path = Path(options.output) if options.output else path
+        check_names("settings", options.settings or (), settings)
+        check_names("rows", options.rows or (), rows)
+        options.check_data(settings[key] for key in options.settings or settings)
         self._read()
 
-    def fill(self, cells: Iterable[tuple[str, str]], seeds: Iterable[int]) -> None:
-        """Runs what is not there yet of these settings and rows."""
-        wanted = [(key, row, seed) for seed in seeds for key, row in cells]
+    def fill(self, cells: Cells, seeds: Iterable[int]) -> None:
+        """Runs what the file does not hold yet."""
+        chosen = self._chosen(cells)
+        wanted = [(key, row, seed) for seed in self.options.seeds or seeds for key, row in chosen]
         for key, row, seed in tqdm(wanted, unit=" runs", disable=None):
-            self._read()  # others may fill it, too
+            self._read()  # other processes may write to the file, too
             if seed not in self.by_seed(key, row, "nll"):
                 result = self._run(key, row, seed)
                 with self._latest() as found:
                     found["runs"].append(result)
 
-    def time(self, cells: Iterable[tuple[str, str]]) -> None:
-        """Times what has not been."""
+    def time(self, cells: Cells) -> None:
+        """Times what has not been timed yet, in short trainings."""
         by_setting: dict[str, list[str]] = {}
-        for key, name in cells:
+        for key, name in self._chosen(cells):
             if self.time_ratio(key, name) is None:
                 by_setting.setdefault(key, ["ERM"]).append(name)
         for key, names in by_setting.items() if self.options.rounds else ():
@@ -172,33 +91,43 @@ class Runs:
         }
 
     def values(self, key: str, name: str, column: str) -> list[float]:
-        """One a seed."""
+        """One per seed."""
         return list(self.by_seed(key, name, column).values())
 
     def time_ratio(self, key: str, name: str) -> float | None:
+        """The median; `None` if the row was not timed."""
         ratios = self.found["times"].get(key, {}).get(name)
         return statistics.median(ratios) if ratios else None
 
     def arguments(self, key: str, name: str, seed: int) -> list[str]:
-        """What the recipe of the setting takes on its command line."""
+        """The recipe's command line, but for the data set."""
         setting, row = self.settings[key], self.rows[name]
-        epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
-        own = row.argv.format(epsilon=setting.epsilon)
-        words = f"{setting.argv} {epochs} --seed {seed} {own}".split()
+        model = f"--from_scratch --model {setting.network}"
         if setting.base is not None:
-            words += ["--model", self._base(setting.base)]
-        return [*words, "--save_strategy", "no", "--dataset", self.options.source(setting)]
+            model = f"--model {self._base(setting.base)}"
+        epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
+        own = row.arguments(setting)
+        return f"{model} {setting.argv} {epochs} --seed {seed} {own} --save_strategy no".split()
+
+    def _chosen(self, cells: Cells) -> list[tuple[str, str]]:
+        settings = self.options.settings or self.settings
+        rows = self.options.rows or self.rows
+        return [(key, name) for key, name in cells if key in settings and name in rows]
 
     def _trainer(self, key: str, name: str, seed: int, *more: str):
+        """An untrained trainer, and the images to test its model on."""
+        setting, row = self.settings[key], self.rows[name]
+        if setting.dataset == DIGITS:
+            dataset = _made_once(DIGITS, _save_digits)
+        else:
+            dataset = self.options.source(setting)
         quiet = ["--logging_strategy", "no", "--disable_tqdm", "true", "--output_dir", UNUSED]
-        argv = [*self.arguments(key, name, seed), *quiet, *more]
-        trainer, tests = build(*parse({}, {}, None, argv), self.rows[name].trainer)
+        argv = [*self.arguments(key, name, seed), "--dataset", dataset, *quiet, *more]
+        trainer, tests = build(*parse({}, {}, None, argv), row.trainer)
         trainer.remove_callback(PrinterCallback)
-        held_out = trainer.eval_dataset  # where a part of the training set is
-        return trainer, tests["test"] if held_out is None else held_out
+        return trainer, trainer.eval_dataset if row.held_out else tests["test"]
 
     def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
-        row = self.rows[name]
         trainer, test = self._trainer(key, name, seed)
         seconds = trainer.train().metrics["train_runtime"]
         metrics = trainer.evaluate(test, metric_key_prefix="test")
@@ -212,13 +141,15 @@ class Runs:
             "seconds": seconds,
             "command": self._command(key, name, seed),
         }
-        if row.curvature:
+        if self.rows[name].curvature:
             images = unaugmented(trainer.train_dataset, trainer.model)
             surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)
             result["eigenvalue"] = surface.top_eigenvalue().value
         return result
 
     def _base(self, key: str) -> str:
+        """The folder of the setting's ERM model."""
+
         def train(folder: Path) -> None:
             trainer = self._trainer(key, "ERM", 0)[0]
             trainer.train()
@@ -227,28 +158,21 @@ class Runs:
         return _made_once(key.replace(" ", "_"), train)
 
     def _command(self, key: str, name: str, seed: int) -> str:
-        """As a user would type it, with the data sets from the Hub.
+        """As a user types it who takes the data sets from the Hub.
 
-        What no recipe does is called by the class that does it.
+        A row that no recipe can run begins with its trainer's name instead.
         """
-        setting, trainer = self.settings[key], self.rows[name].trainer
-        recipe = "gtsrb" if setting.folder == "gtsrb" else "cifar10"
-        script = f"recipes/train_{recipe}.py" if trainer is AMPTrainer else trainer.__name__
-        words = [script, *self.arguments(key, name, seed)[:-2]]
-        if setting.dataset == DIGITS:
+        dataset, trainer = self.settings[key].dataset, self.rows[name].trainer
+        recipe = "train_gtsrb.py" if dataset == GTSRB else "train_cifar10.py"
+        script = f"recipes/{recipe}" if trainer is AMPTrainer else trainer.__name__
+        words = [script, *self.arguments(key, name, seed)]
+        if dataset == DIGITS:
             words += ["--dataset", DIGITS]
         return shlex.join(word.removeprefix(f"{CACHE}/") for word in words)
 
     def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
         """Ratios to ERM's training time in the same round, by row."""
-        short = [
-            "--num_train_epochs",
-            "5",
-            "--max_train_samples",
-            "2000",
-            "--max_eval_samples",
-            "10",
-        ]
+        short = ["--num_train_epochs=5", "--max_train_samples=2000", "--max_eval_samples=10"]
         trainers = {name: self._trainer(key, name, 0, *short)[0] for name in names}
         ratios: dict[str, list[float]] = {name: [] for name in trainers}
         order = list(trainers)
@@ -259,7 +183,7 @@ class Runs:
                 begin = time.perf_counter()
                 trainers[name].train()
                 seconds[name] = time.perf_counter() - begin
-            order.append(order.pop(0))  # what changes within a round falls on all
+            order.append(order.pop(0))  # a drift within the rounds then affects all rows alike
             for name, value in seconds.items():
                 ratios[name].append(self.rows[name].epochs * value / seconds["ERM"])
         return ratios
@@ -271,9 +195,9 @@ class Runs:
 
     @contextlib.contextmanager
     def _latest(self) -> Iterator[dict[str, Any]]:
-        """`found`, to be changed: with what other processes have found meanwhile, and then saved.
+        """`found`, with what other processes have added, to be changed; saved at the end.
 
-        The file holds all results at every moment, whatever interrupts the writing.
+        The file is replaced as a whole, so that an interruption cannot damage it.
         """
         with FileLock(f"{self.path}.lock"):
             self._read()
@@ -283,7 +207,21 @@ class Runs:
             os.replace(written, self.path)
 
 
-def mean_and_spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+def _made_once(name: str, make: Callable[[Path], object]) -> str:
+    """A folder that all processes share; no process sees it half made."""
+    folder = Path(CACHE, name)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = Path(tempfile.mkdtemp(dir=CACHE))
+            make(part)
+            part.replace(folder)
+    return str(folder)
+
+
+def _save_digits(folder: Path) -> None:
+    """The digits of train_digits.py, 1,000 of them to train on, as parquet files."""
+    digits = runpy.run_path(str(RECIPES / "train_digits.py"))["digits"]
+    parts = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
+    for split, rows in parts.items():
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
