@@ -1,6 +1,6 @@
-"""Ways to a cheaper perturbation that did not pay, for frontier.py to measure. README.md says why.
+"""Cheaper perturbations that did not pay; frontier.py measures them and README.md discusses them.
 
-They know one process and no accumulation.
+For one process, without gradient accumulation.
 """
 
 from dataclasses import replace
@@ -13,11 +13,11 @@ from amp_hf import AMPTrainer
 from amp_hf.perturbation import Perturbation
 from amp_hf.statistics import norm_buffers, preserved_buffers, preserved_rng
 
-ONTO_THE_BALL = 1e6  # a rate that takes any direction there
+ONTO_THE_BALL = 1e6  # a rate at which any direction reaches the ball
 
 
 class BF16Ascents(AMPTrainer):
-    """The ascents in bf16, the step itself in the precision that it has."""
+    """Ascents in bf16; the rest of the step keeps its precision."""
 
     def _ascents(self, *args) -> list[Tensor]:
         with torch.autocast(self.args.device.type, torch.bfloat16):
@@ -25,7 +25,7 @@ class BF16Ascents(AMPTrainer):
 
 
 class RateFollowingRadius(AMPTrainer):
-    """The radius falls with the learning rate, from ε where that is highest."""
+    """The radius is ε times the learning rate as a share of its maximum."""
 
     def _ascents(self, *args) -> list[Tensor]:
         rate = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
@@ -38,7 +38,7 @@ class RateFollowingRadius(AMPTrainer):
 
 
 class FreeAscent(AMPTrainer):
-    """Perturbs in a direction that is there already and so costs no pass."""
+    """Perturbs in a direction that is already known, which saves the pass."""
 
     def direction(self, params: list[Tensor]) -> list[Tensor]:
         raise NotImplementedError
@@ -62,7 +62,7 @@ class MomentumAscent(FreeAscent):
 
 
 class PreviousGradient(FreeAscent):
-    """The gradient of the step before as the direction."""
+    """The previous step's gradient as the direction."""
 
     def direction(self, params: list[Tensor]) -> list[Tensor]:
         return self.previous
@@ -74,8 +74,8 @@ class PreviousGradient(FreeAscent):
 
 
 class LookSAM(AMPTrainer):
-    """The part of SAM's gradient that is orthogonal to the plain one, taken at every k-th step and
-    added to the plain gradients of the steps between (Liu et al., CVPR 2022, arXiv 2203.02714)."""
+    """Every k-th step computes the part of SAM's gradient that is orthogonal to the plain gradient;
+    the steps between add it to theirs (Liu et al., CVPR 2022, arXiv 2203.02714)."""
 
     k = 5
     alpha = 0.7
