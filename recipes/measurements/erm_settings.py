@@ -149,7 +149,7 @@ HELD_OUT = {
 }
 ROWS = RESULTS | DEFAULTS | SKETCHES | HELD_OUT
 
-# The ε that held-out images chose from.
+# The radii that held-out images chose from.
 TRIED = {
     "gtsrb test_resnet full": (0.02, 0.05, 0.1, 0.2),
     "cifar10 test_resnet full": (0.05, 0.1, 0.2, 0.4),
