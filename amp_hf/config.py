@@ -131,8 +131,8 @@ class AMPConfig:
 
         It waits for the model to learn its data (`ascent_below` is 0.5, in nats for cross entropy):
         on a schedule too short for that, training stays what it was, but for the time. Label
-        smoothing keeps a loss up: raise `ascent_below` by its floor. recipes/README.md has the
-        measurements, also of where it loses.
+        smoothing keeps a loss up: raise `ascent_below` by its floor.
+        recipes/measurements/README.md has the measurements, also of where it loses.
 
         Args:
             budget: > 1. Counted in passes: moving the parameters comes on top (there, too), and

@@ -1,6 +1,6 @@
-"""Ways to a cheaper perturbation that did not pay, for frontier.py to measure. README.md says why.
+"""Cheaper perturbations that did not pay; frontier.py measures them and README.md discusses them.
 
-They know one process and no accumulation.
+For one process, without gradient accumulation.
 """
 
 from dataclasses import replace
@@ -14,11 +14,11 @@ from amp_hf.blocks import JointTensors
 from amp_hf.perturbation import Perturbation
 from amp_hf.preserve import norm_buffers, preserved_buffers, preserved_rng
 
-ONTO_THE_BALL = 1e6  # a rate that takes any direction there
+ONTO_THE_BALL = 1e6  # a rate at which any direction reaches the ball
 
 
 class BF16Ascents(AMPTrainer):
-    """The ascents in bf16, the step itself in the precision that it has."""
+    """Ascents in bf16; the rest of the step keeps its precision."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -32,7 +32,7 @@ class BF16Ascents(AMPTrainer):
 
 
 class RateFollowingRadius(AMPTrainer):
-    """The radius falls with the learning rate, from ε where that is highest."""
+    """The radius is ε times the learning rate as a share of its maximum."""
 
     def training_step(self, *args):
         rate = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
@@ -45,7 +45,7 @@ class RateFollowingRadius(AMPTrainer):
 
 
 class FreeAscent(AMPTrainer):
-    """Perturbs in a direction that is there already and so costs no pass."""
+    """Perturbs in a direction that is already known, which saves the pass."""
 
     def direction(self, params: list[Tensor]) -> list[Tensor]:
         raise NotImplementedError
@@ -69,7 +69,7 @@ class MomentumAscent(FreeAscent):
 
 
 class PreviousGradient(FreeAscent):
-    """The gradient of the step before as the direction."""
+    """The previous step's gradient as the direction."""
 
     def direction(self, params: list[Tensor]) -> list[Tensor]:
         return self.previous
@@ -81,8 +81,8 @@ class PreviousGradient(FreeAscent):
 
 
 class LookSAM(AMPTrainer):
-    """The part of SAM's gradient that is orthogonal to the plain one, taken at every k-th step and
-    added to the plain gradients of the steps between (Liu et al., CVPR 2022, arXiv 2203.02714)."""
+    """Every k-th step computes the part of SAM's gradient that is orthogonal to the plain gradient;
+    the steps between add it to theirs (Liu et al., CVPR 2022, arXiv 2203.02714)."""
 
     k = 5
     alpha = 0.7
