@@ -27,15 +27,16 @@ class AMPConfig:
     """
 
     # The defaults of epsilon and ascent_start come from runs of a small ResNet from scratch, n = 5
-    # seeds (README.md has commands and spreads). Differences to ERM at ε = 0.1, in points of test
-    # accuracy and in NLL:
+    # seeds (recipes/measurements/README.md has commands and spreads). Differences to ERM at
+    # ε = 0.1, in points of test accuracy and in NLL:
     #   ascent_start                                    0             0.7            0.85
     #   CIFAR-10, 2,000 images, 60 epochs (overfits)    +0.67 −.287   +0.36 −.158    +0.03 −.040
     #   GTSRB, 10,000 images, 5 epochs (short)          −13.3 +.401   −0.53 +.017    −0.08 +.004
     #   CIFAR-10, 10,000 images, 5 epochs (short)                     −0.23 +.009     0.00 +.001
-    # What a schedule that overfits gains is what a short one loses, and other ε move along the same
-    # line (one seed of 0.05 from 0.7 and of 0.2 from 0.85 gained −.09 and −.08 in NLL on the first
-    # and lost .4 and .3 points on the second). From 0.85 the short ones are level.
+    # The longer the perturbed part, the more a schedule that overfits gains and a short one loses.
+    # Another ε moves along the same line (one seed of 0.05 from 0.7 and of 0.2 from 0.85 gained
+    # −.09 and −.08 in NLL on the first and lost .4 and .3 points on the second). From 0.85 on, the
+    # short ones are level.
     epsilon: float = field(
         default=0.1,
         metadata={"help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer."},
@@ -50,8 +51,8 @@ class AMPConfig:
     ball: Ball = field(
         default="global",
         metadata={
-            "help": "global: one ball over all parameters; tensor: one a tensor, all of one "
-            "radius; relative: one a tensor, of radius epsilon times the tensor's norm."
+            "help": "global: one ball over all parameters; tensor: a ball for each tensor, all of "
+            "the same radius; relative: for each tensor, of radius epsilon times its norm."
         },
     )
     scope: Scope | None = field(
@@ -87,15 +88,16 @@ class AMPConfig:
     ascent_reuse: bool = field(
         default=False,
         metadata={
-            "help": "Perturb the steps between two ascents, too, by the last perturbation: they "
-            "cost what plain ones do."
+            "help": "Perturb the steps between two ascents, too, by the last perturbation; such "
+            "steps cost no more than plain ones."
         },
     )
     ascent_below: float | None = field(
         default=None,
         metadata={
-            "help": "Perturb what has been learnt: the radius grows from 0 at a loss of this, > 0, "
-            "to epsilon at a loss of 0. Default, and inf: it is epsilon at any loss."
+            "help": "Perturb only what has been learnt: the radius grows from 0 where the loss is "
+            "at this value, > 0, to epsilon where it is 0. By default, and at inf, it is epsilon "
+            "at any loss."
         },
     )
 
@@ -119,27 +121,26 @@ class AMPConfig:
 
     @classmethod
     def for_budget(cls, budget: float) -> AMPConfig:
-        """The settings that gained most, in our runs, for `budget` times the stock Trainer's time.
+        """The settings that gained most for `budget` times the stock Trainer's time.
 
-        An ascent costs one further pass. There is one at every k-th step of the last part of the
-        training, and the steps between reuse its Δ. That part is 60 % of the training, as near as
-        a whole k lets it be with the whole budget spent, and less below 1.1: a Δ that was reused
-        for many more than six steps did harm. More than 1.3 is not spent: it gained nothing
-        further. A Δ that some steps have changed raises the loss less than a new one, so its
-        radius is larger than that of AMP at every step: 0.7, chosen on validation splits, for
-        networks from scratch.
+        An ascent costs one further pass. Every k-th step of the last part of the training has one,
+        and the steps between reuse its Δ. That part is as near to 60 % of the training as a whole k
+        allows when all of the budget is spent. It is shorter below 1.1, because a Δ that is reused
+        for many more than six steps does harm. No more than 1.3 is spent: more gained nothing. A Δ
+        that is some steps old raises the loss less than a new one, so its radius is larger than
+        that of AMP at every step: 0.7, chosen on validation splits, for networks from scratch.
 
-        It waits for the model to learn its data (`ascent_below` is 0.5, in nats for cross entropy):
-        on a schedule too short for that, training stays what it was, but for the time. Label
-        smoothing keeps a loss up: raise `ascent_below` by its floor.
-        recipes/measurements/README.md has the measurements, also of where it loses.
+        The perturbation waits until the model has learnt its data: `ascent_below` is 0.5, in nats
+        for cross entropy. On a schedule too short for that, only the time differs from the stock
+        Trainer's. Label smoothing keeps the loss up: raise `ascent_below` by as much.
+        recipes/measurements/README.md has the measurements, and says where this loses.
 
         Args:
-            budget: > 1. Counted in passes: moving the parameters comes on top (there, too), and
-                an ascent after a checkpoint, where it falls between two others.
+            budget: > 1, counted in passes. Moving the parameters comes on top (measured there,
+                too), and so does the ascent that follows a checkpoint.
 
         Raises:
-            ValueError: another budget.
+            ValueError: any other budget.
         """
         passes = _as_float(budget)
         if not passes > 1:
