@@ -50,8 +50,8 @@ class AMPConfig:
     ball: Ball = field(
         default="global",
         metadata={
-            "help": "global: one ball over all parameters; tensor: one a tensor, all of one "
-            "radius; relative: one a tensor, of radius epsilon times the tensor's norm."
+            "help": "global: one ball over all parameters; tensor: a ball for each tensor, all of "
+            "the same radius; relative: a ball for each tensor, epsilon times the tensor's norm."
         },
     )
     scope: Scope | None = field(
@@ -119,27 +119,27 @@ class AMPConfig:
 
     @classmethod
     def for_budget(cls, budget: float) -> AMPConfig:
-        """The settings that gained most, in our runs, for `budget` times the stock Trainer's time.
+        """The settings that gained most when measured, for `budget` times the stock Trainer's time.
 
         An ascent costs one further pass. There is one at every k-th step of the last part of the
         training, and the steps between reuse its Δ. That part is 60 % of the training, as near as
-        a whole k lets it be with the whole budget spent, and less below 1.1: a Δ that was reused
-        for many more than six steps did harm. More than 1.3 is not spent: it gained nothing
-        further. A Δ that some steps have changed raises the loss less than a new one, so its
-        radius is larger than that of AMP at every step: 0.7, chosen on validation splits, for
-        networks from scratch.
+        a whole k allows when the whole budget is spent, and less below 1.1: a Δ that was reused
+        for many more than six steps did harm. A budget above 1.3 is not spent in full, because
+        nothing more was gained. A reused Δ raises the loss less than a new one, so its radius is
+        larger than that of AMP at every step: 0.7, chosen on validation splits for networks trained
+        from scratch.
 
-        It waits for the model to learn its data (`ascent_below` is 0.5, in nats for cross entropy):
-        on a schedule too short for that, training stays what it was, but for the time. Label
-        smoothing keeps a loss up: raise `ascent_below` by its floor. recipes/README.md has the
-        measurements, also of where it loses.
+        Perturbation begins when the model has learned its data (`ascent_below` is 0.5, in nats for
+        cross entropy). On a schedule too short for that, training costs the time and changes
+        nothing. Label smoothing keeps the loss up: raise `ascent_below` by its floor.
+        recipes/README.md has the measurements, also of where this loses.
 
         Args:
-            budget: > 1. Counted in passes: moving the parameters comes on top (there, too), and
-                an ascent after a checkpoint, where it falls between two others.
+            budget: > 1, counted in forward and backward passes. Moving the parameters comes on top
+                (measured there, too), and so does the ascent after a checkpoint.
 
         Raises:
-            ValueError: another budget.
+            ValueError: `budget` is not a finite number > 1.
         """
         passes = _as_float(budget)
         if not passes > 1:
@@ -181,11 +181,11 @@ class AMPConfig:
         if not isinstance(saved, dict):
             raise ValueError(f"{path} is not a JSON object.")
         if unknown := saved.keys() - {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"{path} has fields that AMPConfig has not: {sorted(unknown)}.")
+            raise ValueError(f"{path} has fields that AMPConfig does not have: {sorted(unknown)}.")
         return cls(**saved)
 
     def changes_since(self, path: str | os.PathLike[str]) -> list[str]:
-        """What differs from the config in the JSON file at `path`, a sentence a field."""
+        """One sentence for each field that differs from the config in the JSON file at `path`."""
         try:
             saved = self.from_json_file(path).to_dict()
         except ValueError as error:
