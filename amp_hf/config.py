@@ -132,7 +132,7 @@ class AMPConfig:
         Perturbation begins when the model has learned its data (`ascent_below` is 0.5, in nats for
         cross entropy). On a schedule too short for that, training costs the time and changes
         nothing. Label smoothing keeps the loss up: raise `ascent_below` by its floor.
-        recipes/README.md has the measurements, also of where this loses.
+        recipes/measurements/README.md has the measurements, also of where this loses.
 
         Args:
             budget: > 1, counted in forward and backward passes. Moving the parameters comes on top

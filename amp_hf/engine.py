@@ -1,7 +1,7 @@
 """What differs by engine: where parameters and gradients lie, and who reduces and steps when.
 
-The trainer sees one interface, `Engine`. Everything private of Accelerate, torch or DeepSpeed that
-AMP needs stands here.
+A step sees one interface, `Engine`. Everything private of Accelerate, torch or DeepSpeed that AMP
+needs stands here.
 """
 
 from __future__ import annotations
@@ -17,42 +17,25 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
+from .blocks import JointTensors
 from .config import AMPConfig, Scope
-from .perturbation import Norms, Perturbation, joint_blocks, local_norms
-
-
-@contextlib.contextmanager
-def temporarily(owner: object, name: str, value: object) -> Iterator[None]:
-    """`owner.name` is `value` inside. `AttributeError` where there is no such attribute."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+from .perturbation import Norms, Perturbation, local_norms
+from .preserve import temporarily
 
 
 class Engine:
     """One process, and DDP: each rank has all of every parameter, and a gradient of its own.
 
-    Raises:
-        ValueError: a `scope` that the engine does not allow.
+    Attributes:
+        scopes: the values of `AMPConfig.scope` that are possible, the one that `None` means first.
     """
 
     scopes: tuple[Scope, ...] = ("micro_batch", "batch")
-    why_not: str
 
     def __init__(self, accelerator: Accelerator, scope: Scope | None) -> None:
         self.accelerator = accelerator
         self.scope = scope or self.scopes[0]
-        if self.scope not in self.scopes:
-            raise ValueError(
-                f"AMPConfig.scope={scope!r} is not possible here: {self.why_not} Use "
-                f"{self.scopes[0]!r}, or None, which chooses it."
-            )
 
     def loss_scale(self) -> float | Tensor:
         """The factor that the backward pass puts on gradients: the fp16 GradScaler's, else 1."""
@@ -61,8 +44,8 @@ class Engine:
         # `get_scale` would wait for the device.
         return self.accelerator.scaler.scale(torch.ones((), device=self.accelerator.device))
 
-    def learns_graph(self, model: nn.Module) -> bool:
-        """Whether the first pass of all must be one outside of `ascent`: DDP's static_graph."""
+    def records_first_pass(self, model: nn.Module) -> bool:
+        """Whether the first pass of all must be a synchronized one: DDP's static_graph."""
         return getattr(model, "static_graph", False)
 
     def shard(self, param: Tensor) -> Tensor:
@@ -70,8 +53,8 @@ class Engine:
         return param
 
     @contextlib.contextmanager
-    def ascent(
-        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
+    def inner_passes(
+        self, model: Any, params: list[nn.Parameter], gradient: JointTensors, last: bool
     ) -> Iterator[None]:
         """Around the passes of one ascent, which find no gradients accumulated and step nothing.
 
@@ -85,15 +68,15 @@ class Engine:
         with self._accumulating_in(params, gradient), self.accelerator.no_sync(model):
             yield
         if self.scope == "batch" and self.accelerator.num_processes > 1:
-            for block in joint_blocks(gradient):
+            for block in gradient.blocks:
                 block.div_(self.accelerator.num_processes)
                 distributed.all_reduce(block)
 
     @contextlib.contextmanager
     def _accumulating_in(
-        self, params: list[nn.Parameter], gradient: list[Tensor]
+        self, params: list[nn.Parameter], gradient: JointTensors
     ) -> Iterator[None]:
-        given = [self._like(param, shard) for param, shard in zip(params, gradient)]
+        given = [self._whole_gradient(param, shard) for param, shard in zip(params, gradient)]
         for param, zeros in zip(params, given):
             param.grad = zeros
         yield
@@ -110,21 +93,30 @@ class Engine:
         norms, moved = self._norms(params), functools.partial(self._moved, model)
         return Perturbation(shards, config.epsilon, config.ball, norms, moved)
 
-    def descent(
+    def outer_pass(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Around the Trainer's own pass, at θ + Δ."""
+        return contextlib.nullcontext()
+
+    def before_optimizer_step(
         self, model: Any, restore: Callable[[], None]
     ) -> contextlib.AbstractContextManager[None]:
-        """Around the Trainer's own pass, at θ + Δ.
-
-        Where the optimizer steps within it, `restore` comes before.
-        """
+        """Calls `restore` before an optimizer steps within the body, where one does."""
         return contextlib.nullcontext()
+
+    def at_theta(self, perturbation: Perturbation) -> contextlib.AbstractContextManager[None]:
+        """Inside, the parameters can be saved, whatever was interrupted.
+
+        Raises:
+            RuntimeError: not here, in the middle of a step.
+        """
+        return perturbation.at_theta()
 
     def joint_mean(self, loss: Tensor) -> Tensor:
         """Over what Δ is computed on: all ranks under `scope="batch"`, else this one."""
         loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         return self.accelerator.reduce(loss, "mean") if self.scope == "batch" else loss
 
-    def _like(self, param: Tensor, shard: Tensor) -> Tensor:
+    def _whole_gradient(self, param: Tensor, shard: Tensor) -> Tensor:
         """A gradient for `param` of which `shard` is what this rank keeps."""
         return shard
 
@@ -155,6 +147,13 @@ class _Sharded(Engine):
 
         return norms
 
+    def at_theta(self, perturbation: Perturbation) -> contextlib.AbstractContextManager[None]:
+        # The ranks would have to gather it together, and the pass that was interrupted may have.
+        raise RuntimeError(
+            "The model cannot be saved in the middle of a perturbed step, where its parameters are "
+            "displaced: set `trainer.control.should_save`, which saves it after the step."
+        )
+
     def _copies(self, param: Any) -> int:
         """How many ranks keep this rank's shard of `param`."""
         raise NotImplementedError
@@ -162,8 +161,6 @@ class _Sharded(Engine):
 
 class _FSDP2(_Sharded):
     """torch.distributed.fsdp.fully_shard."""
-
-    why_not = "FSDP reduces the gradient over all ranks, and they share one perturbation."
 
     def shard(self, param: Tensor) -> Tensor:
         return param.to_local() if isinstance(param, DTensor) else param
@@ -176,8 +173,8 @@ class _FSDP2(_Sharded):
         return self.accelerator.num_processes // shards
 
     @contextlib.contextmanager
-    def ascent(
-        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
+    def inner_passes(
+        self, model: Any, params: list[nn.Parameter], gradient: JointTensors, last: bool
     ) -> Iterator[None]:
         # Whether the pass that follows is: torch does not tell.
         options = self.accelerator.gradient_state.plugin_kwargs
@@ -189,13 +186,13 @@ class _FSDP2(_Sharded):
         # Every pass is reduced: the shards accumulate, and no whole gradient is kept.
         model.set_requires_gradient_sync(True)
         try:
-            with self._accumulating_in(params, gradient), self.descent(model, lambda: None):
+            with self._accumulating_in(params, gradient), self.outer_pass(model):
                 yield
         finally:
             model.set_requires_gradient_sync(synchronized)
 
     @contextlib.contextmanager
-    def descent(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
+    def outer_pass(self, model: Any) -> Iterator[None]:
         try:
             yield
         except BaseException:
@@ -207,7 +204,7 @@ class _FSDP2(_Sharded):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _like(self, param: Tensor, shard: Tensor) -> Tensor:
+    def _whole_gradient(self, param: Tensor, shard: Tensor) -> Tensor:
         if not isinstance(param, DTensor):
             return shard
         return DTensor.from_local(
@@ -228,13 +225,13 @@ class _DeepSpeed(Engine):
     """
 
     @contextlib.contextmanager
-    def ascent(
-        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
+    def inner_passes(
+        self, model: Any, params: list[nn.Parameter], gradient: JointTensors, last: bool
     ) -> Iterator[None]:
         # What DeepSpeedEngine.coalesce_grad_reduction sets, without the reduction that it ends in:
         # gradients stay where autograd leaves them, and nothing is done to those accumulated.
         with (
-            super().ascent(model, params, gradient, last),
+            super().inner_passes(model, params, gradient, last),
             temporarily(self.accelerator, "sync_gradients", False),
             temporarily(model, "inside_no_sync_ctxt", True),
             temporarily(model.optimizer, "_coalesce_grad_reduction", True),
@@ -243,7 +240,7 @@ class _DeepSpeed(Engine):
             yield
 
     @contextlib.contextmanager
-    def descent(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
+    def before_optimizer_step(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
         hook = model.basic_optimizer.register_step_pre_hook(lambda *_: restore())
         try:
             yield
@@ -253,8 +250,6 @@ class _DeepSpeed(Engine):
 
 class _DeepSpeed3(_Sharded, _DeepSpeed):
     """DeepSpeed's ZeRO-3: gradients are reduced onto the shards in every backward pass."""
-
-    why_not = "ZeRO-3 reduces the gradient over all ranks, and they share one perturbation."
 
     def shard(self, param: Any) -> Tensor:
         rank = distributed.get_rank(param.ds_process_group)
@@ -266,8 +261,8 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
         return self.accelerator.num_processes // distributed.get_world_size(param.ds_process_group)
 
     @contextlib.contextmanager
-    def ascent(
-        self, model: Any, params: list[nn.Parameter], gradient: list[Tensor], last: bool
+    def inner_passes(
+        self, model: Any, params: list[nn.Parameter], gradient: JointTensors, last: bool
     ) -> Iterator[None]:
         optimizer = model.optimizer
         optimizer.clear_backward_seen_flag()  # brings the count up to date
@@ -301,74 +296,16 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
         get_accelerator().synchronize()
 
 
-def engine_for(
-    config: AMPConfig, accelerator: Accelerator, args: TrainingArguments, model: nn.Module
-) -> Engine:
-    """The engine that `accelerator` drives.
+def engine_for(config: AMPConfig, accelerator: Accelerator, model: nn.Module) -> Engine:
+    """The engine that `accelerator` drives, one that `check_engine` has let pass.
 
     Args:
         model: as `accelerator` prepared it, or not prepared yet.
-
-    Raises:
-        ValueError: an engine, an optimizer or a scope on which the steps would not be exact.
     """
-    if args.n_gpu > 1:
-        raise ValueError(
-            "AMPTrainer does not support nn.DataParallel: start one process a GPU with "
-            "`accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    optimizer = OptimizerNames(args.optim).value
-    if optimizer.endswith(("lomo", "layerwise")):
-        raise ValueError(
-            f"AMPTrainer cannot use optim={optimizer!r}: it steps inside of the backward "
-            "pass, of which AMP runs two. Choose an optimizer that steps afterwards."
-        )
-    plan = accelerator.parallelism_config
-    if getattr(model, "is_distributed_loading_by_transformers", False) or (
-        plan and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled)
-    ):
-        raise _unsupported("a model or sequences split over several ranks")
-
     kind = accelerator.distributed_type
-    if isinstance(model, FSDPModule) or (kind == DistributedType.FSDP and accelerator.is_fsdp2):
+    if isinstance(model, FSDPModule) or kind == DistributedType.FSDP:
         return _FSDP2(accelerator, config.scope)
-    if kind == DistributedType.FSDP:
-        raise _unsupported("FSDP version 1")
     if kind == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        _check_deepspeed(plugin.deepspeed_config)
-        if plugin.zero_stage == 0:
-            raise _unsupported("DeepSpeed without ZeRO")
-        return (_DeepSpeed3 if plugin.zero_stage == 3 else _DeepSpeed)(accelerator, config.scope)
-    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
-        raise _unsupported(kind.value)
+        zero3 = accelerator.state.deepspeed_plugin.zero_stage == 3
+        return (_DeepSpeed3 if zero3 else _DeepSpeed)(accelerator, config.scope)
     return Engine(accelerator, config.scope)
-
-
-def _unsupported(what: str) -> ValueError:
-    return ValueError(
-        f"AMPTrainer does not support {what}: use one process, DDP, FSDP version 2 or DeepSpeed's "
-        "ZeRO-1 to 3, or AMPConfig(epsilon=0) for the stock Trainer."
-    )
-
-
-def _check_deepspeed(config: dict[str, Any]) -> None:
-    for section in ("bf16", "fp16"):
-        if str(config.get(section, {}).get("enabled")).lower() == "true":
-            raise ValueError(
-                f"DeepSpeed's {section} keeps the parameters in half precision, in which a "
-                f"perturbation would round away: without {section}, pass a DeepSpeed file with "
-                '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} as TrainingArguments\' '
-                "deepspeed."
-            )
-    autocast = config.get("torch_autocast", {})
-    if autocast.get("enabled") and "bf" not in str(autocast.get("dtype", "bf16")):
-        raise ValueError(
-            "AMPTrainer does not know the loss scale of DeepSpeed's torch_autocast in "
-            f"{autocast['dtype']}: set its dtype to bfloat16."
-        )
-    if config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
-        raise ValueError(
-            "AMPTrainer cannot perturb parameters that are offloaded to nvme: set offload_param's "
-            "device to cpu in the DeepSpeed config."
-        )

@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .perturbation import Perturbation, joint_blocks, joint_empty_like
-from .statistics import preserved_buffers, preserved_rng
+from .blocks import JointTensors
+from .perturbation import Perturbation
+from .preserve import all_buffers, preserved_buffers, preserved_rng
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -245,7 +246,7 @@ class LossSurface:
                 if not (length := norm(gradient)):
                     gradient = self._gaussian(self.generator())
                     length = norm(gradient)
-                perturbation.ascend(gradient, radius / length)
+                perturbation.ascend(JointTensors.copy_of(gradient), radius / length)
                 if step < steps:
                     loss, gradient = self._loss_and_gradient()
                 else:
@@ -383,30 +384,29 @@ class LossSurface:
         self, derive: Callable[[Tensor], Sequence[Tensor]], cost: int
     ) -> tuple[float, list[Tensor]]:
         """L, and the sum of what `derive` makes of each batch's part of it."""
-        total, sums = 0.0, joint_empty_like(self.params) if cost > 1 else []
-        for block in joint_blocks(sums):
-            block.zero_()
+        total, sums = 0.0, JointTensors(self.params if cost > 1 else [])
+        sums.zero_()
         with self._undisturbed(), torch.set_grad_enabled(cost > 1):
             for batch, size in self._batches:
                 loss = self._loss(self.model, batch) * (size / self.samples)
                 if parts := derive(loss):
-                    torch._foreach_add_(sums, list(parts))
+                    torch._foreach_add_(sums.tensors, list(parts))
                 total += loss.item()
         if self._distributed:
             losses = torch.tensor([total], device=self.device, dtype=torch.float64)
-            for tensor in [losses, *joint_blocks(sums)]:
+            for tensor in [losses, *sums.blocks]:
                 distributed.all_reduce(tensor)
             total = losses.item()
         if self._bar is not None:
             self._bar.update(cost)
-        return total, sums
+        return total, sums.tensors
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            with preserved_rng(self.device), preserved_buffers(list(self.model.buffers())):
+            with preserved_rng(self.device), preserved_buffers(all_buffers(self.model)):
                 set_seed(self.seed)  # a model may draw in evaluation, too
                 yield
         finally:

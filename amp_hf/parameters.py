@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .perturbation import joint_blocks, joint_empty_like
-from .statistics import norm_buffers
+from .blocks import JointTensors
+from .preserve import Buffer, norm_buffers
 
 
-def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
-    """The parameters that `AMPConfig.perturb` names, tied ones once, frozen ones too.
+def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
+    """The trainable parameters that `AMPConfig.perturb` names, by name; tied ones once.
 
     Args:
         perturb: `"all"`, `"norm"` (those directly in a module whose class is called a norm:
             BatchNorm2d, LayerNorm, LlamaRMSNorm, timm's BatchNormAct2d, …) or a regular expression
             that is searched for in the parameters' names.
-
-    Raises:
-        ValueError: none of them is trainable, or one that is could not be perturbed exactly.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     if perturb == "all":
@@ -35,46 +34,80 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> list[nn.Parameter]:
         }
     else:
         chosen = {name: param for name, param in named.items() if re.search(perturb, name)}
+    names: dict[nn.Parameter, str] = {}
+    for name, param in chosen.items():
+        if param.requires_grad:
+            names.setdefault(param, name)
+    return {name: param for param, name in names.items()}
 
-    trainable = {name: param for name, param in chosen.items() if param.requires_grad}
-    if not trainable:
+
+def check_perturbable(model: nn.Module, perturb: str) -> None:
+    """Raises `ValueError` if `perturb` names no trainable parameter, or one that would go wrong."""
+    params = perturbed_parameters(model, perturb)
+    if not params:
+        names = ", ".join(name for name, _ in itertools.islice(model.named_parameters(), 3))
         raise ValueError(
             f"AMPConfig.perturb={perturb!r} matches no trainable parameter of "
-            f"{type(model).__name__}, whose parameters are named like "
-            f"{', '.join(list(named)[:3])}: use 'all', 'norm' or an expression that matches."
+            f"{type(model).__name__}, whose parameters are named like {names}: use 'all', 'norm' "
+            "or an expression that matches."
         )
-    for name, param in trainable.items():
+    for name, param in params.items():
+        if param.is_complex():
+            raise ValueError(
+                f"Parameter {name} is {param.dtype}, for which no ball is defined here: keep its "
+                "real and imaginary parts as a real parameter (torch.view_as_real), or leave it "
+                "out by AMPConfig.perturb."
+            )
         if param.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"Parameter {name} is {param.dtype}, in which a perturbation would round away: "
                 "load the model with dtype=torch.float32 and set bf16=True or fp16=True in "
                 "TrainingArguments, which computes in half precision over float32 parameters."
             )
-    devices = {str(param.device): name for name, param in trainable.items()}
+    devices = {str(param.device): name for name, param in params.items()}
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ValueError(
             f"The perturbed parameters lie on several devices ({where}): load the model without a "
             "device_map that splits it."
         )
-    sparse = {
-        id(module.weight): name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    }
-    for param in trainable.values():
-        if id(param) in sparse:
+    for name, module in model.named_modules():
+        sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        if sparse and any(param is module.weight for param in params.values()):
             raise ValueError(
-                f"Module {sparse[id(param)]} has sparse gradients, which cannot be perturbed: "
-                "build it with sparse=False, or leave it out by AMPConfig.perturb."
+                f"Module {name} has sparse gradients, which cannot be perturbed: build it with "
+                "sparse=False, or leave it out by AMPConfig.perturb."
             )
-    return list({id(param): param for param in chosen.values()}.values())
 
 
-class ModelTensors:
-    """What a perturbed step touches of `model`: parameters, gradients and running statistics.
+def check_no_hooks(model: nn.Module) -> None:
+    """Raises `ValueError` where a backward pass would do more than compute gradients.
 
-    Callbacks may freeze parameters and unfreeze them during training.
+    An optimizer that is fused into it does (PyTorch's "How to save memory by fusing the optimizer
+    step into the backward pass"), and so does one that takes the gradients away (torchao's
+    offloading).
+    """
+    for name, param in model.named_parameters():
+        # The dictionary that `register_post_accumulate_grad_hook` fills.
+        if getattr(param, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"Parameter {name} has a hook of register_post_accumulate_grad_hook, which runs "
+                "within the backward pass, of which AMP makes two: let the optimizer step after "
+                "it, or use AMPConfig(epsilon=0)."
+            )
+
+
+class StepTensors:
+    """The tensors of a model that a perturbed step touches.
+
+    Args:
+        optimizer: some of its parameters may not be the model's: a loss function may have some.
+        shard: the part of a parameter that this process keeps.
+
+    Attributes:
+        trainable: all parameters that a backward pass gives a gradient.
+        perturbed: those of them that are displaced.
+        norm_buffers: the running statistics of normalization layers.
     """
 
     def __init__(
@@ -85,35 +118,56 @@ class ModelTensors:
         shard: Callable[[Tensor], Tensor],
     ) -> None:
         self.model = model
-        self.norm_buffers = norm_buffers(model)
+        self.trainable: list[nn.Parameter] = []
+        self.perturbed: list[nn.Parameter] = []
+        self.norm_buffers: list[Buffer] = []
         self._perturb = perturb
+        self._optimizer = optimizer
         self._shard = shard
-        self._perturbed = perturbed_parameters(model, perturb)
-        # A loss function may have some that are not the model's.
-        optimized = (
-            [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
-        )
-        self._all = list(dict.fromkeys([*model.parameters(), *optimized]))
-        self._memory: dict[nn.Parameter, Tensor] = {}  # of a gradient, then of Δ, then of θ
+        # Parameters that share memory with a perturbed one, and that one.
+        self._sharing: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._joint: JointTensors | None = None
+        self.update()
 
-    def trainable(self) -> list[nn.Parameter]:
-        """All that a backward pass gives a gradient."""
-        return [param for param in self._all if param.requires_grad]
+    def update(self) -> bool:
+        """Follows what callbacks add, freeze and unfreeze. Returns whether anything changed.
 
-    def perturbed(self) -> list[nn.Parameter]:
-        """Those of them that are displaced. `ValueError` if there is none left."""
-        params = [param for param in self._perturbed if param.requires_grad]
-        return params or perturbed_parameters(self.model, self._perturb)
+        Raises:
+            ValueError: nothing is left to perturb, or what was added cannot be perturbed.
+        """
+        groups = self._optimizer.param_groups if self._optimizer else []
+        optimized = (param for group in groups for param in group["params"])
+        everything = dict.fromkeys(itertools.chain(self.model.parameters(), optimized))
+        trainable = [param for param in everything if param.requires_grad]
+        if list(map(id, trainable)) == list(map(id, self.trainable)):
+            return False
+        check_perturbable(self.model, self._perturb)
+        self.trainable = trainable
+        self.norm_buffers = norm_buffers(self.model)
+        self.perturbed, self._sharing, self._joint = [], [], None
+        owners: dict[Any, nn.Parameter] = {}
+        for param in perturbed_parameters(self.model, self._perturb).values():
+            shard = self._shard(param)
+            memory = shard.data_ptr(), shard.shape, shard.stride()
+            owner = owners.setdefault(memory, param) if shard.numel() else param
+            if owner is param:
+                self.perturbed.append(param)
+            else:  # `a.data = b.data`: two Parameters, and one θ to displace
+                self._sharing.append((param, owner))
+        return True
+
+    def join_gradients(self) -> None:
+        """Parameters over one memory accumulate into one gradient, as one Parameter would."""
+        for param, owner in self._sharing:
+            param.grad = owner.grad
 
     @torch.no_grad()
-    def zeros(self, params: list[nn.Parameter], fresh: bool) -> list[Tensor]:
-        """Zeros shaped like the shards of `params`, in memory that is kept unless `fresh`.
+    def zeros(self, fresh: bool) -> JointTensors:
+        """Zeros shaped like the shards of `perturbed`, in memory that is kept unless `fresh`.
 
         A CPU would otherwise map it in again, page by page, in every step.
         """
-        if fresh or any(param not in self._memory for param in params):
-            self._memory = dict(zip(params, joint_empty_like(list(map(self._shard, params)))))
-        zeros = [self._memory[param] for param in params]
-        for block in joint_blocks(zeros):
-            block.zero_()
-        return zeros
+        if fresh or self._joint is None:
+            self._joint = JointTensors([self._shard(param) for param in self.perturbed])
+        self._joint.zero_()
+        return self._joint

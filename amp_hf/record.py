@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers.modelcard import (
 from transformers.training_args import OptimizerNames
 
 from .config import AMPConfig
+
+logger = logging.getLogger(__name__)
 
 Results = dict[str, dict[str, float]]  # by split ("test"), by metric ("accuracy")
 
@@ -152,3 +155,21 @@ def results_of(trainer: Trainer) -> Results:
 
 
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
+    """Says so where a training that should have been perturbed was not."""
+    norms = delta_norms(state)
+    if norms and not any(norms) and config.ascent_below is not None:
+        logger.warning(
+            f"No loss was below AMPConfig.ascent_below={config.ascent_below:g}, so that nothing "
+            "was perturbed: the ascents cost time and changed nothing. Train longer, raise "
+            "ascent_below (inf: at any loss), or leave AMP out by epsilon=0."
+        )
+    steps = range(state.global_step)
+    if config.epsilon > 0 and not any(config.perturbs_at(s, state.max_steps) for s in steps):
+        logger.warning(
+            f"Training ended at step {state.global_step} of {state.max_steps}, before the first "
+            f"perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it may end "
+            "early, use a smaller one."
+        )

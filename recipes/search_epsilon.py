@@ -4,8 +4,8 @@
     python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
 
 Further arguments are those of train_cifar10.py. The stock Trainer (ε = 0) and then every trial
-train from the same initial weights on the same images; the test set is never looked at. Prints the
-command that trains with the best ε.
+train on the same images from the same initial weights; the test set is not used. Prints the command
+that trains with the best ε.
 """
 
 import copy

@@ -67,8 +67,8 @@ class DigitsArguments:
                 raise ValueError(f"--{name} must be an integer in [{least}, {most}].")
         if self.train_samples % BATCH_SIZE == 1:
             raise ValueError(
-                f"--train_samples {self.train_samples} leaves a last batch of one image, which "
-                "BatchNorm cannot train on: take one more or one less."
+                f"--train_samples {self.train_samples} leaves one image for the last batch, too "
+                "few for BatchNorm: take one more or one less."
             )
 
 

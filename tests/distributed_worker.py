@@ -24,6 +24,7 @@ from support import (
     ConvNet,
     Odd,
     PartlyUsed,
+    Sharing,
     always,
     digits,
     language_model,
@@ -76,6 +77,7 @@ NETS = {
     "odd": (Odd, "Linear"),
     "partly_used": (PartlyUsed, "Linear"),
     "partly_frozen": (partly_frozen, "Linear"),
+    "sharing": (Sharing, "Linear"),
     "gpt2": (functools.partial(language_model, dropout=0.0), "GPT2Block"),
     "lora": (lora, "GPT2Block"),
 }
@@ -119,8 +121,12 @@ def run(folder, cut=None, refused=False, raises=None, **case):
     return {key: first[key] + rest[key] for key in first}
 
 
-def train(folder, stop=None, killed=None, resume=None, **case):
-    """Returns the micro-batches and the weights of every step, the logs, and the collectives."""
+def train(folder, stop=None, killed=None, resume=None, first_logs=False, **case):
+    """Returns the micro-batches and the weights of every step, the logs, and the collectives.
+
+    Args:
+        first_logs: whether the first rank logs a loss of its own after every step.
+    """
     windows, weights = [], []
 
     def at_step_end(event, state, control):
@@ -128,6 +134,10 @@ def train(folder, stop=None, killed=None, resume=None, **case):
         trainer.windows = ()
         weights.append(whole(trainer.model))
         control.should_training_stop |= state.global_step == stop
+        if first_logs and distributed.get_rank() == 0:
+            should_log = control.should_log
+            trainer.log({"loss": 7.0})
+            control.should_log = should_log
 
     def in_mid_step(event, state, control):
         if state.global_step == killed and distributed.get_rank() == 1:

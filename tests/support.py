@@ -67,6 +67,34 @@ class PartlyUsed(MLP):
         self.unused = nn.Linear(16, 4)
 
 
+class Sharing(nn.Module):
+    """Two Parameters over one memory, far apart in the list of parameters."""
+
+    config = PretrainedConfig()
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64, bias=False)
+        self.large = nn.Linear(64, 5000)
+        self.outer = nn.Linear(64, 64, bias=False)
+        self.head = nn.Linear(64, 10)
+        self.tie()
+
+    def tie(self):
+        self.outer.weight.data = self.inner.weight.data
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self.tie()  # a change of dtype gave each a memory of its own
+        return self
+
+    def forward(self, pixels, labels=None):
+        hidden = torch.tanh(self.inner(pixels.flatten(1)))
+        hidden = torch.tanh(self.outer(hidden)) + self.large(hidden).mean(1, keepdim=True)
+        logits = self.head(hidden)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 class ConvNet(nn.Module):
     """BatchNorm and dropout: what two passes disturb if they are not careful."""
 

@@ -54,6 +54,8 @@ OFFLOADED = {
 }
 OF_ENGINE = {
     "ddp": {
+        # FSDP and ZeRO copy the parameters, so that these share nothing any more.
+        "shared memory": dict(net="sharing", config={"inner_steps": 2}),
         "views": dict(ddp={"gradient_as_bucket_view": True}, gradient_accumulation_steps=2),
         "channels_last": dict(net="channels_last"),
         "static graph": dict(ddp={"static_graph": True}),
@@ -190,6 +192,7 @@ def uneven_cases(engine):
 
 
 def cases_of(engine):
+    alone = {"first rank logs": dict(first_logs=True, logging_steps=2)}
     resumed = {"whole": RESUMED, "resumed": RESUMED | {"cut": 3}}
     resumed |= {"whole, reused": REUSED, "resumed, reused": REUSED | {"cut": 3}}
     refused = {
@@ -203,6 +206,7 @@ def cases_of(engine):
     return (
         compared_cases(engine)
         | uneven_cases(engine)
+        | alone
         | resumed
         | refused
         | counted_cases(engine)
@@ -348,6 +352,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(outcomes, engine,
         for expected, actual in zip(whole, resumed):
             for key, value in expected.items():
                 assert torch.equal(actual[key], value), key
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_may_log_alone(outcomes, engine):
+    first, second = (rank["first rank logs"] for rank in outcomes(engine))
+    entries = [entry for entry in first["logs"] if entry.get("loss") == 7.0]
+    assert [sorted(entry) for entry in entries] == [["epoch", "loss", "step"]] * 3
+    own, theirs = (
+        [entry for entry in rank["logs"] if "loss" in entry and entry not in entries]
+        for rank in (first, second)
+    )
+    assert own == theirs
+    assert ["amp/loss" in entry for entry in own] == [True]
 
 
 @pytest.mark.parametrize(

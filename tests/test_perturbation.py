@@ -8,8 +8,9 @@ from support import LiveBytes
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amp_hf import perturbation as mathematics
-from amp_hf.perturbation import Perturbation, joint_empty_like, project
+from amp_hf import blocks
+from amp_hf.blocks import JointTensors
+from amp_hf.perturbation import Perturbation, shrinkage
 
 BALLS = ["global", "tensor", "relative"]
 FOREACH = [name for name in dir(torch) if name.startswith("_foreach_")]
@@ -18,13 +19,24 @@ FOREACH = [name for name in dir(torch) if name.startswith("_foreach_")]
 @pytest.fixture
 def small_cache(monkeypatch):
     """Parameters change places in several groups, and those of more than one row in pieces."""
-    monkeypatch.setattr(mathematics, "_CACHED", 8)
+    monkeypatch.setattr(blocks, "_CACHED", 8)
 
 
 def tensors(seed, dtype=torch.float64, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(4, 5), (3,), (2, 3), (), (5, 4)]
     return [scale * torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+
+
+def joint(*args, **kwargs):
+    return JointTensors.copy_of(tensors(*args, **kwargs))
+
+
+def project(delta, *args):
+    """Δ ← the projection of rate · Δ, by the factor that `shrinkage` gives. Returns its norm."""
+    factor, norm = shrinkage(delta, *args)
+    torch._foreach_mul_(delta.tensors, factor)
+    return norm
 
 
 def same(a, b):
@@ -36,7 +48,7 @@ def displaced(epsilon=0.1, ball="global"):
     params = tensors(0, torch.float32)
     theta = copy.deepcopy(params)
     perturbation = Perturbation(params, epsilon, ball)
-    perturbation.ascend(tensors(1, torch.float32), 1.0)
+    perturbation.ascend(joint(1, torch.float32), 1.0)
     return perturbation, params, theta
 
 
@@ -44,7 +56,7 @@ def displaced(epsilon=0.1, ball="global"):
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 2.0, 100.0])
 @pytest.mark.parametrize("rate", [1.0, 0.3, torch.tensor(7.0, dtype=torch.float64)])
 def test_projection_equals_its_closed_form_on_every_ball(ball, epsilon, rate):
-    delta, theta = tensors(1), tensors(0)
+    delta, theta = joint(1), tensors(0)
     expected = reference.project([rate * d for d in delta], theta, epsilon, ball)
     norm = project(delta, theta, epsilon, ball, rate)
     torch.testing.assert_close(delta, expected, rtol=1e-14, atol=0)
@@ -53,7 +65,7 @@ def test_projection_equals_its_closed_form_on_every_ball(ball, epsilon, rate):
 
 @pytest.mark.parametrize("ball", BALLS)
 def test_what_lies_inside_of_the_ball_is_not_changed_by_a_bit(ball):
-    delta, theta = tensors(1, scale=1e-3), tensors(0)
+    delta, theta = joint(1, scale=1e-3), tensors(0)
     before = copy.deepcopy(delta)
     project(delta, theta, 1.0, ball)
     assert same(delta, before)
@@ -61,8 +73,8 @@ def test_what_lies_inside_of_the_ball_is_not_changed_by_a_bit(ball):
 
 @pytest.mark.parametrize("ball", BALLS)
 def test_a_gradient_of_zero_stays_zero(ball):
-    delta = [torch.zeros_like(t) for t in tensors(0)]
-    for theta in (tensors(0), copy.deepcopy(delta)):
+    delta = JointTensors.copy_of([torch.zeros_like(t) for t in tensors(0)])
+    for theta in (tensors(0), copy.deepcopy(delta.tensors)):
         for epsilon in (0.0, 0.1):
             assert project(delta, theta, epsilon, ball) == 0
             assert not any(d.any() for d in delta)
@@ -72,7 +84,7 @@ def test_a_gradient_of_zero_stays_zero(ball):
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("place", range(5))
 def test_one_entry_that_is_not_finite_makes_delta_zero_everywhere(ball, value, place):
-    delta = tensors(1)
+    delta = joint(1)
     delta[place].view(-1)[-1] = value
     assert project(delta, tensors(0), 0.1, ball) == 0
     assert not any(d.any() for d in delta)
@@ -81,7 +93,7 @@ def test_one_entry_that_is_not_finite_makes_delta_zero_everywhere(ball, value, p
 @pytest.mark.parametrize("ball", BALLS)
 @pytest.mark.parametrize("epsilon", [0.1, 100.0], ids=["on the ball", "inside"])
 def test_a_gradient_scaled_by_a_power_of_two_gives_the_same_delta_to_the_bit(ball, epsilon):
-    theta, plain, scaled = tensors(0), tensors(1), tensors(1, scale=2.0**16)
+    theta, plain, scaled = tensors(0), joint(1), joint(1, scale=2.0**16)
     norm = project(plain, theta, epsilon, ball, 0.5)
     scaled_norm = project(scaled, theta, epsilon, ball, 0.5 / torch.tensor(2.0**16))
     assert same(plain, scaled)
@@ -91,7 +103,7 @@ def test_a_gradient_scaled_by_a_power_of_two_gives_the_same_delta_to_the_bit(bal
 @pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("ball", BALLS)
 def test_ascending_adds_delta_and_restoring_gives_theta_back_to_the_bit(ball):
-    params, gradient = tensors(0, torch.float32), tensors(1, torch.float32)
+    params, gradient = tensors(0, torch.float32), joint(1, torch.float32)
     theta, delta = copy.deepcopy(params), copy.deepcopy(gradient)
     norm = project(delta, theta, 0.1, ball, 0.5)
     perturbation = Perturbation(params, 0.1, ball)
@@ -106,14 +118,14 @@ def test_ascending_adds_delta_and_restoring_gives_theta_back_to_the_bit(ball):
 
 
 @pytest.mark.usefixtures("small_cache")
-def test_leaving_and_entering_changes_between_theta_and_the_same_displaced_parameters():
+def test_suspending_and_resuming_changes_between_theta_and_the_same_displaced_parameters():
     perturbation, params, theta = displaced()
     there = copy.deepcopy(params)
     assert not same(there, theta)
     for _ in range(3):
-        perturbation.leave()
+        perturbation.suspend()
         assert same(params, theta)
-        perturbation.enter()
+        perturbation.resume()
         assert same(params, there)
     perturbation.restore()
     assert same(params, theta)
@@ -121,17 +133,17 @@ def test_leaving_and_entering_changes_between_theta_and_the_same_displaced_param
 
 @pytest.mark.usefixtures("small_cache")
 def test_a_delta_that_was_kept_displaces_the_parameters_from_where_they_have_moved_to():
-    params, gradient = tensors(0), tensors(1)
+    params, gradient = tensors(0), joint(1)
     perturbation = Perturbation(params, 0.1, "global")
     delta = copy.deepcopy(gradient)
     project(delta, params, 0.1, "global")
     perturbation.ascend(gradient, 1.0)
     for step in range(1, 4):
-        perturbation.leave(theta_moves=True)
+        perturbation.suspend(theta_moves=True)
         assert same(params, [t * step for t in tensors(0)])
         for t, start in zip(params, tensors(0)):
             t.add_(start)
-        perturbation.enter()
+        perturbation.resume()
         there = [t * (step + 1) + d for t, d in zip(tensors(0), delta)]
         torch.testing.assert_close(params, there, rtol=0, atol=1e-14)
     perturbation.restore()
@@ -144,10 +156,10 @@ def test_the_parameters_keep_their_memory_throughout():
     places = [p.data_ptr() for p in params]
     perturbation = Perturbation(params, 0.1, "global")
     for act in (
-        lambda: perturbation.ascend(tensors(1), 1.0),
-        lambda: perturbation.ascend(tensors(2), 1.0),
-        perturbation.leave,
-        perturbation.enter,
+        lambda: perturbation.ascend(joint(1), 1.0),
+        lambda: perturbation.ascend(joint(2), 1.0),
+        perturbation.suspend,
+        perturbation.resume,
         perturbation.restore,
     ):
         act()
@@ -162,7 +174,7 @@ def test_several_ascents_add_up_and_are_projected_each_time(ball, epsilon):
     perturbation = Perturbation(params, epsilon, ball)
     delta = [torch.zeros_like(t) for t in theta]
     for seed in (1, 2, 3):
-        ascent = tensors(seed)
+        ascent = joint(seed)
         delta = reference.project(
             [d + 0.3 * g for d, g in zip(delta, ascent)], theta, epsilon, ball
         )
@@ -179,7 +191,7 @@ def test_several_ascents_add_up_and_are_projected_each_time(ball, epsilon):
 @pytest.mark.parametrize("ball", BALLS)
 def test_a_later_ascent_that_is_not_finite_takes_the_parameters_back_to_theta(ball):
     perturbation, params, theta = displaced(ball=ball)
-    gradient = tensors(2, torch.float32)
+    gradient = joint(2, torch.float32)
     gradient[1][0] = float("nan")
     assert perturbation.ascend(gradient, 1.0) == 0
     assert same(params, theta)
@@ -212,14 +224,14 @@ class Interrupt:
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 def test_an_interrupt_at_any_moment_of_any_method_leaves_a_way_back_to_theta(monkeypatch, moment):
     def cycle(perturbation):
-        perturbation.ascend(tensors(1, torch.float32), 1.0)
-        perturbation.ascend(tensors(2, torch.float32), 1.0)
-        perturbation.leave()
-        perturbation.enter()
-        perturbation.leave()
-        perturbation.enter()
-        perturbation.leave(theta_moves=True)
-        perturbation.enter()
+        perturbation.ascend(joint(1, torch.float32), 1.0)
+        perturbation.ascend(joint(2, torch.float32), 1.0)
+        perturbation.suspend()
+        perturbation.resume()
+        perturbation.suspend()
+        perturbation.resume()
+        perturbation.suspend(theta_moves=True)
+        perturbation.resume()
         perturbation.restore()
 
     for call in range(1, 1000):
@@ -242,14 +254,14 @@ def test_a_perturbation_takes_one_copy_of_the_parameters_and_the_largest_while_t
     sizes, largest, slack = [2**18, 2**17, 2**17, 2**18], 2**20, 2**12
     params = [torch.randn(size) for size in sizes]
     perturbation = Perturbation(params, 0.1, "global")
-    gradients = [[torch.randn(size) for size in sizes] for _ in range(2)]
+    gradients = [JointTensors.copy_of([torch.randn(size) for size in sizes]) for _ in range(2)]
     for act in (
         lambda: perturbation.ascend(gradients[0], 1.0),
         lambda: perturbation.ascend(gradients[1], 1.0),
-        perturbation.leave,
-        perturbation.enter,
-        functools.partial(perturbation.leave, theta_moves=True),
-        perturbation.enter,
+        perturbation.suspend,
+        perturbation.resume,
+        functools.partial(perturbation.suspend, theta_moves=True),
+        perturbation.resume,
         perturbation.restore,
     ):
         with LiveBytes() as memory:
@@ -280,7 +292,7 @@ def test_on_a_gpu_an_ascent_waits_for_nothing_and_takes_fewer_operations_than_pa
         rate = torch.ones((), device="cuda")
         with pytest.raises(DataDependentOutputException):
             bool(rate)
-        gradient = joint_empty_like(params)
+        gradient = JointTensors(params)
         perturbation = Perturbation(params, 0.1, "global")
         with Operations() as operations:
             perturbation.ascend(gradient, rate)
@@ -291,11 +303,11 @@ def test_on_a_gpu_an_ascent_waits_for_nothing_and_takes_fewer_operations_than_pa
             perturbation = Perturbation(params, 0.1, ball)
             perturbation.scale_radius(rate)
             perturbation.ascend(gradient, rate)
-            perturbation.ascend(joint_empty_like(params), rate)
-            perturbation.leave()
-            perturbation.enter()
-            perturbation.leave(theta_moves=True)
-            perturbation.enter()
+            perturbation.ascend(JointTensors(params), rate)
+            perturbation.suspend()
+            perturbation.resume()
+            perturbation.suspend(theta_moves=True)
+            perturbation.resume()
             perturbation.restore()
 
 
@@ -307,14 +319,14 @@ def test_offloaded_parameters_take_a_rate_and_a_factor_from_the_device():
         perturbation = Perturbation(params, 0.1, "global")
         perturbation.scale_radius(factor)
         with pytest.raises(DataDependentOutputException):
-            perturbation.ascend(joint_empty_like(params), factor)
+            perturbation.ascend(JointTensors(params), factor)
 
 
 def test_joint_memory_is_that_of_empty_like_and_no_two_tensors_share_any_of_it():
     image = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
     params = [torch.zeros(8)[::2], torch.zeros(3, 9)[:, :5], image, torch.zeros(2, 3).T]
     params += [torch.zeros(()), torch.zeros(5, dtype=torch.float64)]
-    joint = joint_empty_like(params)
+    joint = JointTensors(params)
     for i, tensor in enumerate(joint):
         tensor.fill_(i)
     for i, (tensor, param) in enumerate(zip(joint, params, strict=True)):

@@ -1,21 +1,23 @@
-import dataclasses
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
+import search_epsilon
 import sharded_recipe
 import torch
+import train_cifar10
+import train_digits
 from huggingface_hub import ModelCard
 from images import parquet_folder, rows
 from PIL import Image
+from scripts import RECIPES, error_of, main_of
 from support import differing
-from transformers import AutoModelForImageClassification, Trainer
+from transformers import AutoModelForImageClassification
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.images import building
@@ -24,16 +26,6 @@ from amp_hf.images.arguments import ImageArguments, parse
 from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import preprocessing
 from amp_hf.images.classification import main
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-sys.path.append(str(RECIPES))
-import benchmark_step  # noqa: E402
-import evidence  # noqa: E402
-import frontier  # noqa: E402
-import runs  # noqa: E402
-import search_epsilon  # noqa: E402
-import train_cifar10  # noqa: E402
-import train_digits  # noqa: E402
 
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 2"
@@ -366,178 +358,22 @@ def test_bad_input_to_the_digits_recipe_ends_with_one_line(argument):
     assert done.stderr.strip().splitlines()[-1].startswith("train_digits.py: error: ")
 
 
-def main_of(recipe, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", [recipe.__name__, *map(str, words)])
-    recipe.main()
-
-
-def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
-    tmp_path, monkeypatch, capsys
-):
-    """Times mean nothing here; that memory is counted does."""
-    names = ["AMPTrainer", benchmark_step.AUGMENTING]
-    some = {name: benchmark_step.TRAINERS[name] for name in names}
-    monkeypatch.setattr(benchmark_step, "TRAINERS", some)
-    words = [
-        "--workloads=test_resnet:24:8",
-        "--rounds=2",
-        "--json",
-        tmp_path / "out.json",
-    ]
-    main_of(benchmark_step, monkeypatch, *words)
-    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    rows = result["trainers"]
-    assert list(rows) == ["AMPTrainer"]
-    assert rows["AMPTrainer"]["memory_copies"] == pytest.approx(1, abs=0.02)
-    assert f"{rows['AMPTrainer']['time'][1]:.3f} [" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", benchmark_step.ALTERNATIVES)
-def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for(name):
-    """SAM's perturbation is one of AMP's that always reaches the ball."""
-    kind = dict(ball="tensor") if name == "AMP as released" else dict(inner_lr=1e6)
-    config = AMPConfig(benchmark_step.RADIUS, **kind, ascent_start=0.0, norm_stats="both")
-    after = []
-    for own in (benchmark_step.TRAINERS[name], dict(cls=AMPTrainer, amp_config=config)):
-        trainer = benchmark_step.build(("test_resnet", 24, 8), False, False, **own)
-        trainer.args.max_steps = 1  # LookSAM's first step is SAM's
-        trainer.train()
-        after.append([param.detach() for param in trainer.model.parameters()])
-    start = benchmark_step.build(("test_resnet", 24, 8), False, False, cls=Trainer).model
-    moved = [a - p for a, p in zip(after[0], start.parameters())]
-    expected = [a - p for a, p in zip(after[1], start.parameters())]
-    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
-    assert max(move.abs().max() for move in moved) > 1e-4
-
-
 @pytest.mark.parametrize(
     ("recipe", "words", "said"),
     [
-        (benchmark_step, ["--workloads=resnet18:32"], "takes model:image size:batch size"),
-        (benchmark_step, ["--workloads=resnet8:32:4"], "did you mean resnet18"),
-        (benchmark_step, ["--rounds=1"], "--rounds must be at least 2, got 1."),
-        (frontier, ["--rows", "SAM"], "--rows knows ERM, "),
-        (
-            frontier,
-            ["--settings", "mnist"],
-            "--settings knows cifar10, gtsrb, gtsrb_short, not 'mnist'.",
-        ),
-        (frontier, ["--data", "no/such"], "Pass --data a folder of local copies"),
-        (
-            evidence,
-            ["--tables", "grids"],
-            "--tables knows choice, results, defaults, sketches, grid",
-        ),
-        (evidence, ["--data", "no/such"], "Pass --data a folder of local copies"),
         (search_epsilon, ["--trials=0"], "--trials must be at least 1, got 0."),
-        (
-            search_epsilon,
-            ["--lowest=2"],
-            "above 0 and below --highest, got 2.0, 1.0",
-        ),
+        (search_epsilon, ["--lowest=2"], "above 0 and below --highest, got 2.0, 1.0"),
         (search_epsilon, ["--validation_fraction=0"], "--validation_fraction must be above 0: "),
         (search_epsilon, ["--model=resnet8", "--dataset", "{data}"], "did you mean resnet18"),
         (train_digits, ["--budget=0"], "takes a finite number > 1"),
         (train_digits, ["--seed=7"], "['--seed=7']"),  # not a short form of --seeds
-        (frontier, ["--row=ERM"], "['--row=ERM']"),
     ],
 )
-def test_bad_input_to_the_measuring_recipes_ends_with_one_line(
+def test_bad_input_to_the_search_and_the_digits_recipe_ends_with_one_line(
     tmp_path, monkeypatch, data, recipe, words, said
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        main_of(recipe, monkeypatch, *(word.format(data=data) for word in words))
-    (line,) = str(exit.value.code).splitlines()  # printed by Python, which then exits with 1
-    assert line.startswith(f"{recipe.__name__}.py: error: ") and said in line
-
-
-def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monkeypatch, capsys):
-    parquet_folder(tmp_path / "gtsrb", train=33, test=40)
-    short = dataclasses.replace(frontier.SETTINGS["gtsrb"], epochs=2)
-    monkeypatch.setitem(frontier.SETTINGS, "gtsrb", short)
-    words = ["--data", tmp_path, "--settings", "gtsrb", "--rounds=2"]
-    words += ["--output", tmp_path / "frontier.json"]
-    rows = ["--rows", "ERM", "budget 1.15"]
-    main_of(frontier, monkeypatch, *words, *rows, "--seeds", 0)
-    first = json.loads((tmp_path / "frontier.json").read_text())
-    rows += [name for name, row in frontier.ROWS.items() if row.trainer is not AMPTrainer]
-    main_of(frontier, monkeypatch, *words, *rows, "--seeds", 0, 1)
-    found = json.loads((tmp_path / "frontier.json").read_text())
-    assert found["runs"][:2] == first["runs"]  # with their seconds
-    done = [(run["row"], run["seed"]) for run in found["runs"]]
-    assert len(done) == len(set(done)) == 12
-    assert found["times"]["gtsrb"].keys() == set(rows[1:])
-    assert found["times"]["gtsrb"]["ERM"] == [1, 1]
-    options = frontier.FrontierArguments(output=str(tmp_path / "frontier.json"))
-    runs = frontier.Runs(frontier.SETTINGS, frontier.ROWS, options, tmp_path)
-    table = frontier.table(runs, "gtsrb")
-    assert table in capsys.readouterr().out
-    accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == "budget 1.15"]
-    assert f"{sum(accuracies) / 2:.2f} ± " in table
-    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_tables_of_the_frontier_are_those_of_its_results():
-    options = frontier.FrontierArguments()
-    runs = frontier.Runs(frontier.SETTINGS, frontier.ROWS, options, RECIPES / "frontier.json")
-    text = (RECIPES / "README.md").read_text()
-    for key in frontier.SETTINGS:
-        assert frontier.table(runs, key) in text
-
-
-def test_the_evidence_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
-    """Of a network from scratch and of one that was trained here, one seed and then another."""
-    parquet_folder(tmp_path / "gtsrb", train=48, test=40)
-    monkeypatch.setattr(runs, "CACHE", str(tmp_path / "cache"))
-    for key in evidence.GRID:
-        setting = dataclasses.replace(evidence.SETTINGS[key], epochs=1)
-        monkeypatch.setitem(evidence.SETTINGS, key, setting)
-    words = ["--data", tmp_path, "--output", tmp_path / "evidence.json", "--rounds=0"]
-    words += ["--rows", "ERM", "budget 1.15, below 0.1", "held out, ERM", "held out, ε 0.4"]
-    words += ["--settings", *evidence.GRID]
-    main_of(evidence, monkeypatch, *words, "--seeds=0", "--tables", "choice", "grid")
-    first = json.loads((tmp_path / "evidence.json").read_text())["runs"]
-    assert len(first) == 6
-    assert all("eigenvalue" not in run for run in first)
-    tuned = [run for run in first if run["setting"].endswith("tuned")]
-    assert "--model gtsrb_test_resnet_short" in tuned[0]["command"]
-    assert (tmp_path / "cache" / "gtsrb_test_resnet_short" / "model.safetensors").exists()
-    assert tuned[0]["nll"] != first[0]["nll"]
-    main_of(evidence, monkeypatch, *words, "--seeds", 0, 1)
-    found = json.loads((tmp_path / "evidence.json").read_text())["runs"]
-    assert found[:6] == first  # with their seconds
-    done = [(run["setting"], run["row"], run["seed"]) for run in found]
-    assert len(done) == len(set(done)) == 2 * 6 + 2 * 4
-    assert all(run["eigenvalue"] for run in found if not run["row"].startswith("held out"))
-    out = capsys.readouterr().out
-    key = "gtsrb test_resnet"
-    erm, budget = (
-        [run["nll"] for run in found if (run["setting"], run["row"]) == (key, row)]
-        for row in ("ERM", "budget 1.15, below 0.1")
-    )
-    assert f"| {sum(erm) / 2:.3f} ± " in out
-    gains = [b - a for a, b in zip(erm, budget)]
-    assert f"<br>{sum(gains) / 2:+.3f} ± ".replace("-", "−") in out
-    assert (tmp_path / "evidence_grid.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_tables_of_the_evidence_are_those_of_its_results():
-    found = evidence.Runs(
-        evidence.SETTINGS,
-        evidence.ROWS,
-        evidence.EvidenceArguments(),
-        RECIPES / "evidence.json",
-    )
-    text = (RECIPES / "README.md").read_text()
-    for table in (evidence.choice_table, evidence.results_table, evidence.defaults_table):
-        assert table(found) in text
-    for key in evidence.COMPARED:
-        accuracy = {
-            epsilon: found.values(key, f"held out, ε {epsilon}", "accuracy")[0]
-            for epsilon in evidence.TRIED[key]
-        }
-        assert evidence.SETTINGS[key].epsilon == max(accuracy, key=accuracy.get)
+    assert said in error_of(recipe, monkeypatch, *(word.format(data=data) for word in words))
 
 
 def test_a_search_in_which_every_epsilon_does_harm_recommends_none(

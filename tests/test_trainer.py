@@ -46,8 +46,8 @@ from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
-from amp_hf.engine import engine_for
-from amp_hf.parameters import perturbed_parameters
+from amp_hf.checks import check_engine
+from amp_hf.parameters import check_perturbable
 
 BALLS = ["global", "tensor", "relative"]
 SCOPES = ["micro_batch", "batch"]
@@ -303,7 +303,7 @@ def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind,
     plugin = SimpleNamespace(fsdp_version=1)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
     with pytest.raises(ValueError, match=f"does not support {name}: use one process, DDP"):
-        engine_for(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+        check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
 
 
 @pytest.mark.parametrize("split", ["tp_size", "cp_size"])
@@ -312,7 +312,7 @@ def test_a_model_that_is_split_over_ranks_is_refused(tmp_path, monkeypatch, spli
     plan = ParallelismConfig(**{split: 2})
     monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
     with pytest.raises(ValueError, match="does not support a model or sequences split over"):
-        engine_for(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+        check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
 
 
 def test_data_parallel_is_refused(tmp_path):
@@ -922,5 +922,5 @@ def test_parameters_on_several_devices_are_refused():
     model = make()
     model.fc2.to("meta")
     with pytest.raises(ValueError, match=r"several devices \(fc1.bias on cpu, fc2.bias on meta\)"):
-        perturbed_parameters(model, "all")
-    assert len(perturbed_parameters(model, "fc1")) == 2
+        check_perturbable(model, "all")
+    check_perturbable(model, "fc1")

@@ -1,7 +1,7 @@
-"""What else a user could install for a perturbed step, inside the Trainer, for benchmark_step.py.
+"""Other perturbed steps that a user could install, inside the Trainer, for benchmark_step.py.
 
-SAM and LookSAM of pytorch-optimizer and SAM of temperon are used in the way that their documents
-say; AMP as released is what the authors' code does, tensor by tensor.
+pytorch-optimizer's SAM and LookSAM and temperon's SAM are used as their documentation says. AMP as
+released does what the authors' code does, tensor by tensor.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from temperon import Temperon
 from transformers import Trainer
 
 RADIUS = 0.1
-CYCLE = 5  # steps: among them, one at which LookSAM perturbs
+CYCLE = 5  # steps, of which LookSAM perturbs one
 SGD = dict(lr=0.001, momentum=0.9, nesterov=True)
 
 
 class ClosureTrainer(Trainer):
-    """The stock Trainer, with an algorithm that runs its own passes, by a closure.
+    """The stock Trainer with an algorithm that takes a closure and runs its own passes.
 
-    The Trainer steps its optimizer without one, so all that happens in `training_step`.
+    The Trainer steps its optimizer without a closure, so `training_step` does all the work.
     """
 
     def __init__(self, algorithm: Callable, **kwargs) -> None:
@@ -41,7 +41,7 @@ class ClosureTrainer(Trainer):
 
 
 class Stepped(torch.optim.SGD):
-    """Has nothing left to do when it is told to step."""
+    """Does nothing when the Trainer steps it: `training_step` has done it."""
 
     def step(self, closure=None):
         pass
@@ -67,7 +67,7 @@ def temperon(base):
 
 
 def released(base):
-    """Tensor by tensor: each with a ball of its own, and back by subtraction."""
+    """Each tensor has its own ball, and is restored by subtraction."""
 
     def step(closure):
         loss = closure()
@@ -90,7 +90,7 @@ def released(base):
     return step
 
 
-# By name: what makes a step of a base optimizer, and whether the weights come back to the bit.
+# What turns a base optimizer into a step, and whether the weights are restored to the bit.
 ALTERNATIVES: dict[str, tuple[Callable, bool]] = {
     "AMP as released": (released, False),
     "SAM, temperon": (temperon, False),

@@ -1,22 +1,21 @@
-"""What a step costs beside the stock Trainer's: AMP, and what else a user could install.
+"""What a step costs compared with the stock Trainer's: AMP, and what else a user could install.
 
-    python recipes/benchmark_step.py
-    python recipes/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16 --json out.json
+    python recipes/measurements/benchmark_step.py
+    python recipes/measurements/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16
 
-Each trainer has a process of its own, as it would in use, and takes turns there with the stock
-one, one cycle of optimizer steps each, `--rounds` times over, so that whatever else the machine
-does falls on both; the table shows the median and the quartiles of the cycles' ratios. On a GPU,
-events mark the steps and nothing waits in between. Images are random noise that lies ready: time
-does not depend on them.
+Each trainer runs in its own process, as it would in use, and takes turns there with the stock one,
+a cycle of optimizer steps each, for `--rounds` rounds: whatever else the machine does then affects
+both. The table shows the median and the quartiles of the ratios. On a GPU, events mark the steps
+and nothing waits between them. The images are random noise, prepared in advance.
 
-    time      of a step, forward pass to optimizer, over the stock Trainer's; N = 1, but for the
-              step between two ascents that reuses Δ
-    memory    peak of live tensors over the steps less the stock one's, in copies of the parameters
-    exact     whether the weights come back to the bit (by copies; by subtraction they do not)
+    time      of a step, from the forward pass to the optimizer, over the stock Trainer's; with one
+              ascent, or with Δ reused from an earlier step
+    memory    peak of live tensors during the steps minus the stock one's, in parameter copies
+    exact     whether the weights are restored to the bit (a copy does, subtraction does not)
 
-The alternatives (alternatives.py) run inside the Trainer, too, over the same optimizer, SGD with
-Nesterov momentum. A last line gives the throughput of images that are augmented as they are needed,
-over that of ready ones.
+The alternatives (alternatives.py) also run inside the Trainer and with the same optimizer, SGD with
+Nesterov momentum. The last line compares the throughput of images that are augmented on the fly
+with that of prepared ones.
 """
 
 import json
@@ -80,7 +79,7 @@ class BenchmarkArguments:
 
 
 class Clock(TrainerCallback):
-    """When steps begin and end."""
+    """Records when steps begin and end."""
 
     def __init__(self) -> None:
         self.marks: list[tuple] = []
@@ -95,10 +94,10 @@ class Clock(TrainerCallback):
         self.marks.append((self._begin, _mark()))
 
     def milliseconds(self) -> tuple[float, float]:
-        """Of the last cycle's mean step, and from one step's end to the next one's."""
+        """In the last cycle: a mean step, and the mean from one step's end to the next one's."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        steps = [_between(begin, end) for begin, end in self.marks[1:]]  # the first one warms up
+        steps = [_between(begin, end) for begin, end in self.marks[1:]]  # the first is a warm-up
         cycle = _between(self.marks[0][1], self.marks[-1][1])
         return statistics.mean(steps), cycle / len(steps)
 
@@ -116,7 +115,7 @@ def _between(begin, end) -> float:
 
 
 class PeakMemory(TrainerCallback):
-    """Bytes of live tensors at the peak of the steps, over those at the beginning of the first."""
+    """Peak bytes of live tensors during the steps, beyond those at the first one's beginning."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -140,8 +139,8 @@ class PeakMemory(TrainerCallback):
             self.peak = int(np.cumsum([size for _, size in sorted(changes)]).max())
 
 
-class Ready(torch.utils.data.Dataset):
-    """Batches that are there already."""
+class Prepared(torch.utils.data.Dataset):
+    """The same batch, prepared in advance, again and again."""
 
     def __init__(self, batch: dict[str, torch.Tensor], length: int) -> None:
         self.batch = batch
@@ -201,14 +200,14 @@ def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type,
         disable_tqdm=True,
     )
     if not augments:
-        data = Ready(data.__getitems__(list(range(batch_size))), count)
+        data = Prepared(data.__getitems__(list(range(batch_size))), count)
     trainer = cls(model=model, args=args, data_collator=as_is, train_dataset=data, **own)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def measure(workload: str, options: BenchmarkArguments) -> dict:
-    """The results of one workload, by trainer."""
+    """One workload with every trainer."""
     keys = [key for key in TRAINERS if key != STOCK]
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
@@ -234,7 +233,7 @@ def measure(workload: str, options: BenchmarkArguments) -> dict:
 
 
 def beside_stock(workload: str, bf16: bool, rounds: int, key: str) -> dict:
-    """The trainer `key` and the stock one in turn, in this process."""
+    """The trainer `key` and the stock one take turns in this process."""
     name, size, batch_size = workload.rsplit(":", 2)
     setting = name, int(size), int(batch_size)
     trainers = [build(setting, bf16, of == AUGMENTING, **TRAINERS[of]) for of in (STOCK, key)]

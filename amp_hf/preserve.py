@@ -1,4 +1,4 @@
-"""State that a further pass must not disturb: generators, norm buffers, accumulated gradients."""
+"""State that a further pass must leave as it was: generators, buffers, gradients, attributes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,44 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # The buffers of every BatchNorm (torch.nn.modules.batchnorm) and of those modelled on it.
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def norm_buffers(model: nn.Module) -> list[Tensor]:
+Buffer = tuple[nn.Module, str]  # a module, and the name of one of its buffers
+
+
+def all_buffers(model: nn.Module) -> list[Buffer]:
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+    ]
+
+
+def norm_buffers(model: nn.Module) -> list[Buffer]:
     """The running statistics of the model's normalization layers."""
-    return [b for name, b in model.named_buffers() if name.rpartition(".")[2] in _NORM_BUFFERS]
+    return [(module, name) for module, name in all_buffers(model) if name in _NORM_BUFFERS]
 
 
 @contextlib.contextmanager
-def preserved_buffers(buffers: list[Tensor]) -> Iterator[None]:
-    """`buffers` are afterwards what they were before, whatever the body did to them in place.
+def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
+    """`buffers` are afterwards what they were before, whatever the body did to them.
 
     Copies, rather than switching the layers' tracking off: a compiled model is not compiled again.
     """
-    kept = [buffer.clone() for buffer in buffers]
+    before = [getattr(module, name) for module, name in buffers]
+    kept = [buffer.clone() for buffer in before]
     try:
         yield
     finally:
-        if buffers:
-            torch._foreach_copy_(buffers, kept)
+        for (module, name), buffer in zip(buffers, before):
+            if getattr(module, name) is not buffer:  # assigned anew, not changed in place
+                setattr(module, name, buffer)
+        if before:
+            torch._foreach_copy_(before, kept)
 
 
 @contextlib.contextmanager
@@ -59,3 +74,14 @@ def gradients_set_aside(params: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for param, gradient in zip(params, accumulated):
             param.grad = gradient
+
+
+@contextlib.contextmanager
+def temporarily(owner: object, name: str, value: object) -> Iterator[None]:
+    """`owner.name` is `value` inside. `AttributeError` where there is no such attribute."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

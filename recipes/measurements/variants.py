@@ -1,6 +1,6 @@
-"""Ways to a cheaper perturbation that did not pay, for frontier.py to measure. README.md says why.
+"""Cheaper perturbations that did not pay; frontier.py measures them and README.md discusses them.
 
-They know one process and no accumulation.
+For one process, without gradient accumulation.
 """
 
 from dataclasses import replace
@@ -10,35 +10,42 @@ from torch import Tensor
 from transformers import Trainer
 
 from amp_hf import AMPTrainer
+from amp_hf.blocks import JointTensors
 from amp_hf.perturbation import Perturbation
-from amp_hf.statistics import norm_buffers, preserved_buffers, preserved_rng
+from amp_hf.preserve import norm_buffers, preserved_buffers, preserved_rng
 
-ONTO_THE_BALL = 1e6  # a rate that takes any direction there
+ONTO_THE_BALL = 1e6  # a rate at which any direction reaches the ball
 
 
 class BF16Ascents(AMPTrainer):
-    """The ascents in bf16, the step itself in the precision that it has."""
+    """Ascents in bf16; the rest of the step keeps its precision."""
 
-    def _ascents(self, *args) -> list[Tensor]:
-        with torch.autocast(self.args.device.type, torch.bfloat16):
-            return super()._ascents(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        inner_passes = self._step._inner_passes
+
+        def in_bf16(*args) -> list[Tensor]:
+            with torch.autocast(self.args.device.type, torch.bfloat16):
+                return inner_passes(*args)
+
+        self._step._inner_passes = in_bf16
 
 
 class RateFollowingRadius(AMPTrainer):
-    """The radius falls with the learning rate, from ε where that is highest."""
+    """The radius is ε times the learning rate as a share of its maximum."""
 
-    def _ascents(self, *args) -> list[Tensor]:
+    def training_step(self, *args):
         rate = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
         config = self.amp_config
         self.amp_config = replace(config, epsilon=config.epsilon * rate)
         try:
-            return super()._ascents(*args)
+            return super().training_step(*args)
         finally:
             self.amp_config = config
 
 
 class FreeAscent(AMPTrainer):
-    """Perturbs in a direction that is there already and so costs no pass."""
+    """Perturbs in a direction that is already known, which saves the pass."""
 
     def direction(self, params: list[Tensor]) -> list[Tensor]:
         raise NotImplementedError
@@ -47,7 +54,7 @@ class FreeAscent(AMPTrainer):
         params = list(self.model.parameters())
         perturbation = Perturbation(params, self.amp_config.epsilon, "global")
         if self.state.global_step:
-            perturbation.ascend(self.direction(params), ONTO_THE_BALL)
+            perturbation.ascend(JointTensors.copy_of(self.direction(params)), ONTO_THE_BALL)
         try:
             return Trainer.training_step(self, model, inputs, num_items_in_batch)
         finally:
@@ -62,7 +69,7 @@ class MomentumAscent(FreeAscent):
 
 
 class PreviousGradient(FreeAscent):
-    """The gradient of the step before as the direction."""
+    """The previous step's gradient as the direction."""
 
     def direction(self, params: list[Tensor]) -> list[Tensor]:
         return self.previous
@@ -74,8 +81,8 @@ class PreviousGradient(FreeAscent):
 
 
 class LookSAM(AMPTrainer):
-    """The part of SAM's gradient that is orthogonal to the plain one, taken at every k-th step and
-    added to the plain gradients of the steps between (Liu et al., CVPR 2022, arXiv 2203.02714)."""
+    """Every k-th step computes the part of SAM's gradient that is orthogonal to the plain gradient;
+    the steps between add it to theirs (Liu et al., CVPR 2022, arXiv 2203.02714)."""
 
     k = 5
     alpha = 0.7
@@ -96,7 +103,7 @@ class LookSAM(AMPTrainer):
             loss, plain = step()
         model.zero_grad()
         perturbation = Perturbation(params, self.amp_config.epsilon, "global")
-        perturbation.ascend([gradient.clone() for gradient in plain], ONTO_THE_BALL)
+        perturbation.ascend(JointTensors.copy_of(plain), ONTO_THE_BALL)
         try:
             with preserved_buffers(norm_buffers(model)):
                 gradient = step()[1]

@@ -6,7 +6,7 @@ import torch
 from support import rng_states
 from torch import nn
 
-from amp_hf.statistics import norm_buffers, preserved_buffers, preserved_rng
+from amp_hf.preserve import norm_buffers, preserved_buffers, preserved_rng
 
 
 class Model(nn.Module):
@@ -29,11 +29,11 @@ def draw():
 
 def test_norm_buffers_are_the_running_statistics_of_every_layer_and_nothing_else():
     model = Model()
-    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    names = {module: name for name, module in model.named_modules()}
     layers = ("flat", "deep.0", "deep.1.0", "instance")
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     expected = [f"{layer}.{name}" for layer in layers for name in statistics]
-    assert [names[id(buffer)] for buffer in norm_buffers(model)] == expected
+    assert [f"{names[module]}.{name}" for module, name in norm_buffers(model)] == expected
 
 
 def test_a_model_without_running_statistics_has_nothing_to_preserve():
@@ -83,3 +83,18 @@ def test_the_generator_of_the_device_is_preserved_too():
     with preserved_rng(device):
         inside = torch.rand(4, device=device)
     assert torch.equal(torch.rand(4, device=device), inside)
+
+
+def test_statistics_that_a_layer_assigns_anew_are_kept_too():
+    class Reassigning(nn.BatchNorm1d):
+        def forward(self, x):
+            self.running_mean = 0.9 * self.running_mean + 0.1 * x.mean(0)
+            return x - self.running_mean
+
+    layer = Reassigning(4)
+    mean, before = layer.running_mean, layer.running_mean.clone()
+    with preserved_buffers(norm_buffers(layer)):
+        layer(torch.randn(8, 4))
+        assert layer.running_mean is not mean
+    assert layer.running_mean is mean  # where a compiled graph, say, looks for it
+    assert torch.equal(mean, before)

@@ -1,0 +1,82 @@
+"""Which engines and optimizers are refused, because a step on them would not be exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .config import AMPConfig
+from .engine import engine_for
+
+
+def check_engine(
+    config: AMPConfig, accelerator: Accelerator, args: TrainingArguments, model: nn.Module
+) -> None:
+    """Raises `ValueError` for an engine, an optimizer or a scope that AMP would be wrong with."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "AMPTrainer does not support nn.DataParallel: start one process a GPU with "
+            "`accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    optimizer = OptimizerNames(args.optim).value
+    if optimizer.endswith(("lomo", "layerwise")):
+        raise ValueError(
+            f"AMPTrainer cannot use optim={optimizer!r}: it steps inside the backward pass, of "
+            "which AMP runs two. Choose an optimizer that steps afterwards."
+        )
+    plan = accelerator.parallelism_config
+    if getattr(model, "is_distributed_loading_by_transformers", False) or (
+        plan and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled)
+    ):
+        raise _unsupported("a model or sequences split over several ranks")
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise _unsupported(kind.value)
+    if kind == DistributedType.FSDP and not (accelerator.is_fsdp2 or isinstance(model, FSDPModule)):
+        raise _unsupported("FSDP version 1")
+    if kind == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin)
+    scopes = engine_for(config, accelerator, model).scopes
+    if config.scope not in (None, *scopes):
+        raise ValueError(
+            f"AMPConfig.scope={config.scope!r} is not possible here: FSDP and ZeRO-3 reduce the "
+            "gradient over all ranks, and they share one perturbation. Use "
+            f"{scopes[0]!r}, or None, which chooses it."
+        )
+
+
+def _unsupported(what: str) -> ValueError:
+    return ValueError(
+        f"AMPTrainer does not support {what}: use one process, DDP, FSDP version 2 or DeepSpeed's "
+        "ZeRO-1 to 3, or AMPConfig(epsilon=0) for the stock Trainer."
+    )
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    config = plugin.deepspeed_config
+    for section in ("bf16", "fp16"):
+        if str(config.get(section, {}).get("enabled")).lower() == "true":
+            raise ValueError(
+                f"DeepSpeed's {section} keeps the parameters in half precision, in which a "
+                f"perturbation would round away: without {section}, pass a DeepSpeed file with "
+                '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} as TrainingArguments\' '
+                "deepspeed."
+            )
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled") and "bf" not in str(autocast.get("dtype", "bf16")):
+        raise ValueError(
+            "AMPTrainer does not know the loss scale of DeepSpeed's torch_autocast in "
+            f"{autocast['dtype']}: set its dtype to bfloat16."
+        )
+    if config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
+        raise ValueError(
+            "AMPTrainer cannot perturb parameters that are offloaded to nvme: set offload_param's "
+            "device to cpu in the DeepSpeed config."
+        )
+    if plugin.zero_stage == 0:
+        raise _unsupported("DeepSpeed without ZeRO")

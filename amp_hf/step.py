@@ -1,0 +1,307 @@
+"""One perturbed step: Algorithm 1 around a Trainer's own forward and backward pass.
+
+The Trainer takes an optimizer step for each *window* of micro-batches. For each of them it calls
+`training_step`, which is `PerturbedStep` here:
+
+    inner passes   the parent's pass at θ; its gradient is the ascent that makes Δ
+    outer pass     the parent's pass at θ + Δ; its gradient is what the optimizer gets
+    θ              is back, to the bit, before the Trainer goes on
+
+Every pass is the parent's own, so that its loss, its precision and its options are honoured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerState
+
+from .batches import check_divisible, first_samples
+from .config import AMPConfig
+from .engine import Engine, engine_for
+from .parameters import StepTensors, check_no_hooks
+from .passes import Count, ParentPasses
+from .perturbation import Perturbation
+from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
+
+
+@dataclass
+class Run:
+    """What is found out once a training run, and what one step leaves for the next."""
+
+    state: TrainerState | None = None  # the Trainer's, and so this run's identity
+    engine: Engine | None = None
+    tensors: StepTensors | None = None
+    loss_shrinks: bool | None = None  # see `ParentPasses.loss_shrinks`
+    last_step: int | None = None  # the last perturbed one
+    last_ascent: int | None = None  # the last one whose Δ was computed anew
+    reusable: Perturbation | None = None  # its Δ, where steps to come may be displaced by it
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step, and the Δ that they see."""
+
+    batches: list = field(default_factory=list)
+    perturbation: Perturbation = field(default_factory=lambda: Perturbation([], 0.0, "global"))
+    delta_norm: Tensor | None = None
+    # At θ, of the micro-batches that Δ was computed on and whose outer pass is to come.
+    clean_losses: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class LogMeans:
+    """Of the loss at θ + Δ, its rise over the one at θ, and ‖Δ‖₂, since they were last taken.
+
+    They are over the steps with an ascent.
+    """
+
+    steps: float = 0.0
+    sums: Tensor | None = None
+
+    def add(self, loss: Tensor, clean_loss: Tensor, delta_norm: Tensor, share: float) -> None:
+        """Adds one micro-batch, which is `share` of a step."""
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        values = (loss, loss - clean_loss, delta_norm * share)
+        sums = torch.stack([value.to(dtype) for value in values])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.steps += share
+
+    def take(self) -> Tensor | None:
+        """The three means, if there was a step, and starts anew."""
+        means = None if self.sums is None else self.sums / self.steps
+        self.steps, self.sums = 0.0, None
+        return means
+
+
+class PerturbedStep:
+    """What `AMPTrainerMixin.training_step` does, and the state that it keeps.
+
+    Args:
+        trainer: of which it reads the config, the engine's state and the progress.
+        parent: the passes of the class that the trainer derives from.
+    """
+
+    def __init__(self, trainer: Any, parent: ParentPasses) -> None:
+        self.trainer = trainer
+        self.parent = parent
+        self.run = Run()
+        self.window = Window()
+        self.means = LogMeans()
+
+    def begin_window(self, batches: list) -> None:
+        """Forgets the window before, which a callback may have ended early."""
+        self.window = Window(batches)
+
+    def end_run(self) -> None:
+        self.window.perturbation.restore()  # where an interrupt hit the one in `__call__`
+        self.window = Window()
+        self.run = Run(self.run.state)  # and the memory that it keeps
+
+    def __call__(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
+        """One micro-batch: accumulates its gradient at θ + Δ; the parameters end as θ.
+
+        Returns:
+            The parent's loss at θ, 0-dimensional.
+        """
+        state, config = self.trainer.state, self._config
+        if self.run.state is not state:  # a new run, or a smaller batch size is tried
+            self._begin_run(inputs)
+        run, step = self.run, state.global_step
+        if not config.perturbs_at(step, state.max_steps):
+            return self.parent(model, inputs, num_items)
+        # As the parent's pass does, but before Δ is added: an evaluation may have moved the
+        # parameters of a schedule-free optimizer, and what this brings them back to is θ.
+        train = getattr(self.trainer.optimizer, "train", None)
+        if callable(train):
+            train()
+        if step != run.last_step:  # the window's first micro-batch
+            run.last_step = step
+            self.window.clean_losses = []
+            if self._needs_new_delta():
+                run.last_ascent = step
+        try:
+            if run.last_ascent == step:
+                return self._with_new_delta(model, inputs, num_items)
+            return self._with_last_delta(model, inputs, num_items)
+        except BaseException:
+            run.last_step = None  # a subclass may go on: with a new Δ
+            raise
+        finally:
+            self.window.perturbation.restore()
+
+    def at_theta(self) -> contextlib.AbstractContextManager[None]:
+        """The parameters are θ inside, where a signal handler, say, interrupts a step."""
+        if not self.window.perturbation.is_displaced:
+            return contextlib.nullcontext()
+        return self._engine.at_theta(self.window.perturbation)
+
+    @property
+    def _config(self) -> AMPConfig:
+        return self.trainer.amp_config  # callbacks may replace it
+
+    @property
+    def _engine(self) -> Engine:
+        assert self.run.engine is not None  # from the first ascent on
+        return self.run.engine
+
+    @property
+    def _tensors(self) -> StepTensors:
+        assert self.run.tensors is not None
+        return self.run.tensors
+
+    def _begin_run(self, inputs: Any) -> None:
+        trainer, config = self.trainer, self._config
+        self.run = Run(trainer.state)
+        self.means = LogMeans()
+        if config.epsilon == 0:
+            return
+        # FSDP and DeepSpeed have hooks of their own by now.
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            check_no_hooks(trainer.model)  # of `create_optimizer`, say
+        if config.ascent_fraction < 1:
+            check_divisible(inputs, config.ascent_fraction)
+
+    def _needs_new_delta(self) -> bool:
+        """Whether there is no Δ that this step could reuse."""
+        run, config = self.run, self._config
+        if run.reusable is None or run.last_ascent is None or not config.ascent_reuse:
+            return True
+        since = self.trainer.state.global_step - run.last_ascent
+        return self._tensors.update() or since >= config.ascent_every
+
+    def _with_new_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
+        """Two passes or more, unless Δ is that of the whole window. Returns the loss at θ."""
+        window = self.window
+        if window.clean_losses:
+            window.perturbation.resume()
+        else:
+            self._displace(model, inputs, num_items)
+        engine = self._engine
+        with (
+            self._norm_stats_kept(),
+            engine.outer_pass(model),
+            engine.before_optimizer_step(model, self._put_aside),
+        ):
+            loss = self.parent(model, inputs, num_items)
+        clean_loss = window.clean_losses.pop(0)
+        if window.clean_losses:
+            window.perturbation.suspend()
+        else:
+            self._put_aside()
+        assert window.delta_norm is not None
+        self.means.add(loss, clean_loss, window.delta_norm, 1 / max(1, len(window.batches)))
+        return clean_loss
+
+    def _with_last_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
+        """One pass, at the Δ of an earlier step. Returns the loss at θ + Δ."""
+        assert self.run.reusable is not None
+        self.window.perturbation, self.run.reusable = self.run.reusable, None
+        self.window.perturbation.resume()
+        engine = self._engine
+        with engine.outer_pass(model), engine.before_optimizer_step(model, self._put_aside):
+            loss = self.parent(model, inputs, num_items)
+        self._put_aside()
+        return loss
+
+    def _put_aside(self) -> None:
+        """θ back into the parameters; Δ stays only if steps to come reuse it."""
+        config, perturbation = self._config, self.window.perturbation
+        if config.ascent_reuse and config.ascent_every > 1:
+            perturbation.suspend(theta_moves=True)
+            self.run.reusable = perturbation
+        else:
+            perturbation.restore()
+
+    def _displace(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
+        """The inner passes, on `inputs` or the whole window, and the parameters go to θ + Δ.
+
+        Leaves in `clean_losses` the losses at θ of the micro-batches that Δ was computed on.
+        """
+        self._prepare(model, inputs, num_items)
+        config, parent, engine, window = self._config, self.parent, self._engine, self.window
+        size = max(1, len(window.batches))
+        joined = size * self.trainer.accelerator.num_processes > 1
+        batches = window.batches if engine.scope == "batch" and window.batches else [inputs]
+        if joined and self.run.loss_shrinks is None:
+            self.run.loss_shrinks = parent.loss_shrinks(
+                model, inputs, num_items, engine, self._tensors, self._is_last()
+            )
+        shrinks = self.run.loss_shrinks is not False
+        scale = parent.loss_scale(engine.scope, size, batches, num_items, shrinks)
+        num_items = scale.num_items
+        on_its_own = joined and engine.scope == "micro_batch"
+        with parent.as_a_step_of_its_own() if on_its_own else contextlib.nullcontext():
+            if config.ascent_fraction < 1:
+                batches = [first_samples(batch, config.ascent_fraction) for batch in batches]
+                num_items = parent.count_items(batches)
+            losses = self._inner_passes(model, batches, num_items, scale.gradient)
+        window.clean_losses = [loss / scale.logged for loss in losses]
+
+    def _prepare(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
+        """What the first ascent of a run sets up, and what callbacks have changed since."""
+        trainer, run = self.trainer, self.run
+        if run.tensors is None or run.tensors.model is not trainer.model:
+            run.engine = engine_for(self._config, trainer.accelerator, trainer.model)
+            run.tensors = StepTensors(
+                trainer.model, self._config.perturb, trainer.optimizer, run.engine.shard
+            )
+            if run.engine.records_first_pass(model):
+                self.parent.without_side_effects(model, inputs, num_items, run.tensors)
+        run.tensors.update()
+        accumulates = getattr(trainer, "current_gradient_accumulation_steps", 1) > 1
+        if not self.window.batches and accumulates:
+            raise ValueError(
+                f"{type(trainer).__name__}.get_batch_samples must call its parent's, where AMP "
+                "takes the micro-batches of a step from."
+            )
+
+    def _inner_passes(
+        self, model: nn.Module, batches: list, num_items: Count, gradient_scale: float
+    ) -> list[Tensor]:
+        """From θ to θ + Δ, by Algorithm 1. Returns the losses of `batches` at θ.
+
+        Their sum times `gradient_scale` is the mean loss of all of them.
+        """
+        engine, tensors, config = self._engine, self._tensors, self._config
+        rate = config.inner_lr * gradient_scale / engine.loss_scale()
+        window = self.window
+        window.perturbation = engine.perturbation(tensors.perturbed, model, config)
+        self.run.reusable = None  # its Δ is where the gradient comes to
+        clean_losses: list[Tensor] = []
+        for inner_step in range(config.inner_steps):
+            # θ is in the memory of the last one.
+            gradient = tensors.zeros(fresh=inner_step > 0)
+            with (
+                preserved_rng(self.trainer.args.device),
+                self._norm_stats_kept() if inner_step else contextlib.nullcontext(),
+                gradients_set_aside(tensors.trainable),
+                engine.inner_passes(model, tensors.perturbed, gradient, self._is_last()),
+            ):
+                tensors.join_gradients()
+                for batch in batches:
+                    # A copy, because computing the loss may take the labels out.
+                    loss = self.parent(model, copy.copy(batch), num_items)
+                    if inner_step == 0:
+                        clean_losses.append(loss)
+            if inner_step == 0 and config.ascent_below is not None:
+                loss = engine.joint_mean(gradient_scale * torch.stack(clean_losses).sum())
+                learnt = (1 - loss / config.ascent_below).nan_to_num(0.0).clamp(0, 1)
+                window.perturbation.scale_radius(learnt)
+            window.delta_norm = window.perturbation.ascend(gradient, rate)
+        return clean_losses
+
+    def _is_last(self) -> bool:
+        """Whether the window ends with the micro-batch that Δ is computed on."""
+        return len(self.window.batches) <= 1
+
+    def _norm_stats_kept(self) -> contextlib.AbstractContextManager[None]:
+        """Around every pass that is not the clean one."""
+        if self._config.norm_stats == "both":
+            return contextlib.nullcontext()
+        return preserved_buffers(self._tensors.norm_buffers)

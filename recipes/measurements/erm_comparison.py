@@ -1,0 +1,193 @@
+"""AMP beside ERM on several networks, data sets and schedules: tables and a plot of README.md.
+
+    python recipes/measurements/erm_comparison.py
+    python recipes/measurements/erm_comparison.py --tables results --data path/to/copies
+
+Runs all that erm_comparison.json does not hold yet, which takes hours, and tests the model of the
+last epoch. `--data` is a folder of local copies, in its folders cifar10 and gtsrb. Several
+processes may write to the same file, each with its own `--seeds`, `--tables`, `--settings` or
+`--rows`. The tables:
+
+    choice      choose ε for AMP at every step, on a fifth of the training set, held out
+    results     compare on the official test sets
+    defaults    look for one setting that suits every schedule
+    sketches    attempts at one that a single seed ruled out
+    grid        how ε, ζ and N behave, on held-out images
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from erm_settings import (
+    COMPARED,
+    DEFAULTS,
+    HELD_OUT,
+    HELD_OUT_ERM,
+    ONCE,
+    RESULTS,
+    ROWS,
+    SCHEDULES,
+    SETTINGS,
+    SKETCHED,
+    SKETCHES,
+    SMALLER_RATE,
+    TRIED,
+    TWICE,
+    held_out,
+)
+from plan import RunArguments, check_names
+from runs import Runs
+from tables import line, lines_of, mean_and_spread
+from transformers import HfArgumentParser
+
+GRID = {
+    "gtsrb test_resnet short": "a short schedule",
+    "gtsrb test_resnet": "a long schedule",
+    "gtsrb test_resnet tuned": "fine-tuning",
+}
+GRID_EPSILONS = (0.05, 0.1, 0.2, 0.4, 0.8)
+GRID_ROWS = [name for name, row in HELD_OUT.items() if row.epsilon in (0, *GRID_EPSILONS)]
+STYLES = {
+    ONCE: dict(color="#D55E00", marker="o"),
+    TWICE: dict(color="#0072B2", marker="s"),
+    SMALLER_RATE: dict(color="#009E73", marker="^", linestyle="none"),
+}
+
+# Of each table: its seeds, its settings and rows.
+THREE = [10, 11, 12]
+TABLES = {
+    "choice": ([0], [(key, held_out(epsilon)) for key in TRIED for epsilon in TRIED[key]]),
+    "results": (THREE, [(key, name) for name in RESULTS for key in COMPARED]),
+    "defaults": (THREE, [(key, name) for name in ("ERM", *DEFAULTS) for key in SCHEDULES]),
+    "sketches": ([10], [(key, name) for name in SKETCHES for key in SKETCHED]),
+    "grid": ([0], [(key, name) for name in GRID_ROWS for key in GRID]),
+}
+
+
+def results_table(runs: Runs) -> str:
+    """Mean ± standard deviation over seeds."""
+    lines = [
+        "| | time | accuracy, % | NLL | ECE | largest eigenvalue | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key in COMPARED:
+        if found := lines_of(runs, key, RESULTS, ("accuracy", "nll", "ece", "eigenvalue")):
+            lines += [f"| **{_title(key)}** | | | | | | |", *found]
+    return "\n".join(lines)
+
+
+def choice_table(runs: Runs) -> str:
+    """Accuracy and NLL on held-out images, by ε."""
+    values = sorted({epsilon for tried in TRIED.values() for epsilon in tried})
+    lines = [
+        f"| | {' | '.join(f'ε {epsilon:g}' for epsilon in values)} |",
+        "|---" * (1 + len(values)) + "|",
+    ]
+    for key in COMPARED:
+        cells = []
+        for epsilon in values:
+            found = [runs.values(key, held_out(epsilon), column) for column in ("accuracy", "nll")]
+            texts = [f"{100 * accuracy:.1f}, {nll:.3f}" for accuracy, nll in zip(*found)]
+            text = texts[0] if texts else ""
+            chosen = text and epsilon == SETTINGS[key].epsilon
+            cells.append(f"**{text}**" if chosen else text)
+        lines.append(line([_title(key), *cells]))
+    return "\n".join(lines)
+
+
+def defaults_table(runs: Runs) -> str:
+    """ERM, and the others' differences to ERM with the same seed: accuracy in points, NLL, ECE."""
+    tried = (*DEFAULTS, *SKETCHES)
+    lines = [f"| | ERM | {' | '.join(tried)} |", "|---" * (2 + len(tried)) + "|"]
+    for key in SCHEDULES:
+        cells = (_defaults_cell(runs, key, name) for name in ("ERM", *tried))
+        lines.append(line([_title(key), *cells]))
+    return "\n".join(lines)
+
+
+def _defaults_cell(runs: Runs, key: str, name: str) -> str:
+    parts = []
+    for column, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3)):
+        values = runs.by_seed(key, name, column)
+        if name != "ERM":
+            erm = runs.by_seed(key, "ERM", column)
+            values = {seed: values[seed] - erm[seed] for seed in values if seed in erm}
+        if values:
+            scaled = [factor * value for value in values.values()]
+            parts.append(mean_and_spread(scaled, digits, sign="" if name == "ERM" else "+"))
+    n = len(runs.by_seed(key, name, "nll"))
+    text = "<br>".join(parts).replace("-", "−")
+    return f"{text}<br>n = {n}" if n == 1 else text
+
+
+def _title(key: str) -> str:
+    return f"{SETTINGS[key].network}: {SETTINGS[key].title}"
+
+
+def draw_grid(runs: Runs, path: Path) -> None:
+    """Held-out accuracy and NLL against ε, for N = 1 and 2, and at one ε for smaller ζ."""
+    figure, axes = plt.subplots(2, len(GRID), figsize=(12, 6.5), layout="constrained", sharex=True)
+    columns = (("accuracy", "accuracy, %", 100), ("nll", "NLL, nats", 1))
+    for axes_of_key, (key, title) in zip(axes.T, GRID.items()):
+        axes_of_key[0].set_title(title)
+        for axis, (column, label, factor) in zip(axes_of_key, columns):
+            means = {
+                name: statistics.mean(factor * value for value in values)
+                for name in GRID_ROWS
+                if (values := runs.values(key, name, column))
+            }
+            for family, style in STYLES.items():
+                names = [name for name in means if ROWS[name].family == family]
+                if points := sorted((ROWS[name].epsilon, means[name]) for name in names):
+                    axis.plot(*zip(*points), label=family, **style)
+            if HELD_OUT_ERM in means:
+                axis.axhline(means[HELD_OUT_ERM], color="black", linestyle="--", label="ERM")
+            axis.set_xscale("log")
+            axis.set_xticks(GRID_EPSILONS, [f"{epsilon:g}" for epsilon in GRID_EPSILONS])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(label)
+        axes_of_key[1].set_xlabel("ε")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+@dataclass
+class ComparisonArguments(RunArguments):
+    tables: list[str] = field(
+        default_factory=lambda: list(TABLES), metadata={"help": "Whose runs are made."}
+    )
+
+    def __post_init__(self) -> None:
+        check_names("tables", self.tables, TABLES)
+
+
+def main() -> None:
+    try:
+        (options,) = HfArgumentParser(
+            ComparisonArguments, description=__doc__, allow_abbrev=False
+        ).parse_args_into_dataclasses()
+        runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
+        for name in options.tables:
+            seeds, cells = TABLES[name]
+            runs.fill(cells, seeds)
+            if name == "results":
+                runs.time(cells)
+    except ValueError as error:
+        sys.exit(f"erm_comparison.py: error: {error}")
+    for table in (choice_table, results_table, defaults_table):
+        print(f"\n{table(runs)}")
+    draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))
+    print(f"\nSaved {runs.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The settings and rows of erm_comparison.py."""
+
+from plan import CIFAR10, DIGITS, GTSRB, Row, Setting
+from variants import RateFollowingRadius
+
+VIT = (
+    '--model_args {"patch_size":8} --optim adamw_torch_fused --learning_rate 0.001 '
+    "--weight_decay 0.05 --max_grad_norm 1"
+)
+PLAIN, OBJECTS, SIGNS = (f"--augment {name}" for name in ("none", "objects", "signs"))
+FEW, MANY = "--max_train_samples 2000", "--max_train_samples 10000"
+SMALL_BATCH = "--per_device_train_batch_size 32"
+
+# Compared with ERM only.
+LARGER = {
+    "gtsrb test_resnet full": Setting(
+        "GTSRB, all 39,209 images, 10 epochs", GTSRB, "test_resnet", "", 10, epsilon=0.05
+    ),
+    "cifar10 test_resnet full": Setting(
+        "CIFAR-10, all 50,000 images, 20 epochs", CIFAR10, "test_resnet", PLAIN, 20, epsilon=0.2
+    ),
+    "gtsrb resnet18": Setting(
+        "GTSRB, 2,000 images, 40 epochs", GTSRB, "resnet18", f"{FEW} {PLAIN}", 40, epsilon=0.1
+    ),
+}
+# The schedules, long and short, that one setting should suit.
+SCHEDULES = {
+    "gtsrb test_resnet": Setting(
+        "GTSRB, 2,000 images, 60 epochs", GTSRB, "test_resnet", f"{FEW} {PLAIN}", 60, epsilon=0.4
+    ),
+    "cifar10 test_resnet": Setting(
+        "CIFAR-10, 2,000 images, 60 epochs",
+        CIFAR10,
+        "test_resnet",
+        f"{FEW} {OBJECTS}",
+        60,
+        epsilon=0.1,
+    ),
+    "gtsrb test_vit": Setting(
+        "GTSRB, 1,000 images, 120 epochs",
+        GTSRB,
+        "test_vit",
+        f"{VIT} --max_train_samples 1000 {PLAIN}",
+        120,
+        epsilon=0.02,
+    ),
+    "cifar10 test_vit": Setting(
+        "CIFAR-10, 2,000 images, 60 epochs",
+        CIFAR10,
+        "test_vit",
+        f"{VIT} {FEW} {PLAIN}",
+        60,
+        epsilon=0.05,
+    ),
+    "digits test_resnet": Setting(
+        "digits, 200 images, 60 epochs",
+        DIGITS,
+        "test_resnet",
+        f"{PLAIN} {SMALL_BATCH} --max_train_samples 200",
+        60,
+    ),
+    "digits test_vit": Setting(
+        "digits, 200 images, 60 epochs",
+        DIGITS,
+        "test_vit",
+        f"{VIT} {PLAIN} {SMALL_BATCH} --max_train_samples 200",
+        60,
+    ),
+    "gtsrb test_resnet short": Setting(
+        "GTSRB, 10,000 images, 5 epochs", GTSRB, "test_resnet", f"{MANY} {SIGNS}", 5
+    ),
+    "cifar10 test_resnet short": Setting(
+        "CIFAR-10, 10,000 images, 5 epochs", CIFAR10, "test_resnet", f"{MANY} {OBJECTS}", 5
+    ),
+    "gtsrb test_vit short": Setting(
+        "GTSRB, 10,000 images, 5 epochs", GTSRB, "test_vit", f"{VIT} {MANY} {SIGNS}", 5
+    ),
+    "cifar10 test_vit short": Setting(
+        "CIFAR-10, 10,000 images, 5 epochs", CIFAR10, "test_vit", f"{VIT} {MANY} {OBJECTS}", 5
+    ),
+    "digits test_resnet short": Setting(
+        "digits, 1,000 images, 3 epochs", DIGITS, "test_resnet", f"{PLAIN} {SMALL_BATCH}", 3
+    ),
+    "digits test_vit short": Setting(
+        "digits, 1,000 images, 3 epochs", DIGITS, "test_vit", f"{VIT} {PLAIN} {SMALL_BATCH}", 3
+    ),
+}
+FINE_TUNED = {
+    "gtsrb test_resnet tuned": Setting(
+        "GTSRB, 2,000 images, 20 epochs from a trained model",
+        GTSRB,
+        "test_resnet",
+        f"{FEW} {PLAIN} --image_size 32 --learning_rate 0.01",
+        20,
+        base="gtsrb test_resnet short",
+    ),
+}
+SETTINGS = LARGER | SCHEDULES | FINE_TUNED
+
+ALWAYS = "--ascent_start 0"
+BUDGET = "--budget 1.15"
+AT_ANY_LOSS = f"{BUDGET} --ascent_below inf"
+RESULTS = {
+    "ERM": Row(epsilon=0, curvature=True),
+    "AMP": Row(ALWAYS, chosen_epsilon=True, curvature=True),
+    "budget 1.15": Row(BUDGET, curvature=True),
+    "ERM, 2 × the epochs": Row(epsilon=0, epochs=2.0, curvature=True),
+}
+DEFAULTS = {
+    "last 15 %, ε 0.1": Row("--ascent_start 0.85", epsilon=0.1),
+    "budget 1.15": RESULTS["budget 1.15"],
+    "budget 1.15, below 0.1": Row(f"{BUDGET} --ascent_below 0.1", curvature=True),
+}
+SKETCHES = {
+    "budget 1.15, at any loss": Row(AT_ANY_LOSS),
+    "budget 1.15, at any loss, relative ε 0.05": Row(
+        f"{AT_ANY_LOSS} --ball relative", epsilon=0.05
+    ),
+    "budget 1.15, at any loss, ε follows the rate": Row(AT_ANY_LOSS, trainer=RateFollowingRadius),
+}
+HELD_OUT_ERM = "held out, ERM"
+
+
+def held_out(epsilon: float) -> str:
+    """The name of the row that perturbs every step, once, with ζ = 1."""
+    return f"held out, ε {epsilon}"
+
+
+# Families of the grid: ascents per step and their rate.
+ONCE, TWICE, SMALLER_RATE = "N = 1, ζ = 1", "N = 2", "ζ = 0.1, 0.03"
+HELD_OUT = {
+    HELD_OUT_ERM: Row(epsilon=0, held_out=True),
+    **{
+        held_out(epsilon): Row(ALWAYS, epsilon, held_out=True, family=ONCE)
+        for epsilon in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+    },
+    **{
+        f"{held_out(epsilon)}, N 2": Row(
+            f"{ALWAYS} --inner_steps 2", epsilon, held_out=True, family=TWICE
+        )
+        for epsilon in (0.1, 0.4)
+    },
+    **{
+        f"{held_out(0.2)}, ζ {rate}": Row(
+            f"{ALWAYS} --inner_lr {rate}", 0.2, held_out=True, family=SMALLER_RATE
+        )
+        for rate in (0.03, 0.1)
+    },
+}
+ROWS = RESULTS | DEFAULTS | SKETCHES | HELD_OUT
+
+# The radii that held-out images chose from.
+TRIED = {
+    "gtsrb test_resnet full": (0.02, 0.05, 0.1, 0.2),
+    "cifar10 test_resnet full": (0.05, 0.1, 0.2, 0.4),
+    "gtsrb test_resnet": (0.1, 0.2, 0.4),
+    "cifar10 test_resnet": (0.1, 0.2, 0.4),
+    "gtsrb resnet18": (0.05, 0.1, 0.2, 0.4),
+    "gtsrb test_vit": (0.02, 0.05, 0.1),
+    "cifar10 test_vit": (0.02, 0.05, 0.1),
+}
+COMPARED = list(TRIED)
+SKETCHED = ("gtsrb test_resnet", "gtsrb test_resnet short", "gtsrb test_vit")

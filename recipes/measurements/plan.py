@@ -1,0 +1,104 @@
+"""What is run: settings, the rows of their tables, and the arguments that choose among them."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from amp_hf import AMPTrainer
+
+CIFAR10, GTSRB = "uoft-cs/cifar10", "tanganke/gtsrb"
+DIGITS = "digits"  # those of train_digits.py
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what, and for how long.
+
+    Args:
+        title: the data and the schedule, as tables name them.
+        dataset: `CIFAR10`, `GTSRB` or `DIGITS`.
+        network: a timm model, which begins from scratch.
+        argv: further arguments of the recipe.
+        epsilon: the radius for rows with `chosen_epsilon`.
+        base: the setting whose ERM model the training begins with, instead of from scratch.
+    """
+
+    title: str
+    dataset: str
+    network: str
+    argv: str
+    epochs: int
+    epsilon: float | None = None
+    base: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """The folder of a local copy."""
+        return self.dataset.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a model is trained and tested.
+
+    Args:
+        argv: further arguments of the recipe.
+        epsilon: the radius; `None`: the recipe's default.
+        chosen_epsilon: the radius is the setting's, which held-out images chose.
+        held_out: test on a fifth of the training set, held out, instead of on the test set.
+        family: the rows that a plot shows alike.
+        epochs: as a multiple of the setting's.
+        curvature: measure the largest eigenvalue of the Hessian.
+    """
+
+    argv: str = ""
+    epsilon: float | None = None
+    chosen_epsilon: bool = False
+    held_out: bool = False
+    family: str | None = None
+    epochs: float = 1.0
+    trainer: type[AMPTrainer] = AMPTrainer
+    curvature: bool = False
+
+    def arguments(self, setting: Setting) -> str:
+        """The row's part of the recipe's command line."""
+        epsilon = setting.epsilon if self.chosen_epsilon else self.epsilon
+        held_out = "--validation_fraction 0.2" if self.held_out else ""
+        return f"{held_out} {self.argv}" + ("" if epsilon is None else f" --epsilon {epsilon}")
+
+
+@dataclass
+class RunArguments:
+    settings: list[str] | None = field(default=None, metadata={"help": "Default: all."})
+    rows: list[str] | None = field(default=None, metadata={"help": "Default: all."})
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Default: those of the tables in README.md."}
+    )
+    rounds: int = field(default=9, metadata={"help": "Of the timing; 0: time nothing."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "A folder of local copies. Default: the data sets come from the Hub."},
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "All results, in JSON; plots lie beside it. Default: beside this file."},
+    )
+
+    def check_data(self, settings: Iterable[Setting]) -> None:
+        for setting in settings if self.data else ():
+            if setting.dataset != DIGITS and not os.path.isdir(self.source(setting)):
+                raise ValueError(
+                    f"--data {self.data} has no folder {setting.folder!r}. Pass --data a folder of "
+                    "local copies, or leave it out to take the data sets from the Hub."
+                )
+
+    def source(self, setting: Setting) -> str:
+        """The data set's Hub id, or the folder of its local copy."""
+        return os.path.join(self.data, setting.folder) if self.data else setting.dataset
+
+
+def check_names(option: str, chosen: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses a name that an option does not know."""
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"--{option} knows {', '.join(known)}, not {name!r}.")

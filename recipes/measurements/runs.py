@@ -1,0 +1,228 @@
+"""Runs of the recipes, and their results in a JSON file: by setting, row and seed.
+
+A run that the file holds is not repeated, so a script that was interrupted continues where it was.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from plan import DIGITS, GTSRB, Row, RunArguments, Setting, check_names
+from tqdm.auto import tqdm
+from transformers import PrinterCallback
+
+from amp_hf import AMPTrainer
+from amp_hf.flatness import LossSurface
+from amp_hf.images.arguments import parse
+from amp_hf.images.building import build
+from amp_hf.images.comparison import unaugmented
+
+RECIPES = Path(__file__).parents[1]
+CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
+UNUSED = os.path.join(CACHE, "unused")
+CURVATURE_SAMPLES = 250
+
+Cells = Iterable[tuple[str, str]]  # settings and rows
+
+
+class Runs:
+    """Results in a JSON file: one mapping per run in `found["runs"]`, and in `found["times"]`, by
+    setting and row, the ratios of training times to ERM's.
+
+    Args:
+        options: `settings`, `rows` and `seeds` restrict what is run.
+        path: of the file, unless `options.output` names another.
+
+    Raises:
+        ValueError: `options` names what does not exist.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Setting],
+        rows: dict[str, Row],
+        options: RunArguments,
+        path: Path,
+    ) -> None:
+        self.settings = settings
+        self.rows = rows
+        self.options = options
+        self.path = Path(options.output) if options.output else path
+        check_names("settings", options.settings or (), settings)
+        check_names("rows", options.rows or (), rows)
+        options.check_data(settings[key] for key in options.settings or settings)
+        self._read()
+
+    def fill(self, cells: Cells, seeds: Iterable[int]) -> None:
+        """Runs what the file does not hold yet."""
+        chosen = self._chosen(cells)
+        wanted = [(key, row, seed) for seed in self.options.seeds or seeds for key, row in chosen]
+        for key, row, seed in tqdm(wanted, unit=" runs", disable=None):
+            self._read()  # other processes may write to the file, too
+            if seed not in self.by_seed(key, row, "nll"):
+                result = self._run(key, row, seed)
+                with self._latest() as found:
+                    found["runs"].append(result)
+
+    def time(self, cells: Cells) -> None:
+        """Times what has not been timed yet, in short trainings."""
+        by_setting: dict[str, list[str]] = {}
+        for key, name in self._chosen(cells):
+            if self.time_ratio(key, name) is None:
+                by_setting.setdefault(key, ["ERM"]).append(name)
+        for key, names in by_setting.items() if self.options.rounds else ():
+            ratios = self._times(key, list(dict.fromkeys(names)))
+            with self._latest() as found:
+                found["times"][key] = found["times"].get(key, {}) | ratios
+
+    def by_seed(self, key: str, name: str, column: str) -> dict[int, float]:
+        return {
+            run["seed"]: run[column]
+            for run in self.found["runs"]
+            if (run["setting"], run["row"]) == (key, name) and column in run
+        }
+
+    def values(self, key: str, name: str, column: str) -> list[float]:
+        """One per seed."""
+        return list(self.by_seed(key, name, column).values())
+
+    def time_ratio(self, key: str, name: str) -> float | None:
+        """The median; `None` if the row was not timed."""
+        ratios = self.found["times"].get(key, {}).get(name)
+        return statistics.median(ratios) if ratios else None
+
+    def arguments(self, key: str, name: str, seed: int) -> list[str]:
+        """The recipe's command line, but for the data set."""
+        setting, row = self.settings[key], self.rows[name]
+        model = f"--from_scratch --model {setting.network}"
+        if setting.base is not None:
+            model = f"--model {self._base(setting.base)}"
+        epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
+        own = row.arguments(setting)
+        return f"{model} {setting.argv} {epochs} --seed {seed} {own} --save_strategy no".split()
+
+    def _chosen(self, cells: Cells) -> list[tuple[str, str]]:
+        settings = self.options.settings or self.settings
+        rows = self.options.rows or self.rows
+        return [(key, name) for key, name in cells if key in settings and name in rows]
+
+    def _trainer(self, key: str, name: str, seed: int, *more: str):
+        """An untrained trainer, and the images to test its model on."""
+        setting, row = self.settings[key], self.rows[name]
+        if setting.dataset == DIGITS:
+            dataset = _made_once(DIGITS, _save_digits)
+        else:
+            dataset = self.options.source(setting)
+        quiet = ["--logging_strategy", "no", "--disable_tqdm", "true", "--output_dir", UNUSED]
+        argv = [*self.arguments(key, name, seed), "--dataset", dataset, *quiet, *more]
+        trainer, tests = build(*parse({}, {}, None, argv), row.trainer)
+        trainer.remove_callback(PrinterCallback)
+        return trainer, trainer.eval_dataset if row.held_out else tests["test"]
+
+    def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
+        trainer, test = self._trainer(key, name, seed)
+        seconds = trainer.train().metrics["train_runtime"]
+        metrics = trainer.evaluate(test, metric_key_prefix="test")
+        result = {
+            "setting": key,
+            "row": name,
+            "seed": seed,
+            "accuracy": metrics["test_accuracy"],
+            "nll": metrics["test_nll"],
+            "ece": metrics["test_ece"],
+            "seconds": seconds,
+            "command": self._command(key, name, seed),
+        }
+        if self.rows[name].curvature:
+            images = unaugmented(trainer.train_dataset, trainer.model)
+            surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)
+            result["eigenvalue"] = surface.top_eigenvalue().value
+        return result
+
+    def _base(self, key: str) -> str:
+        """The folder of the setting's ERM model."""
+
+        def train(folder: Path) -> None:
+            trainer = self._trainer(key, "ERM", 0)[0]
+            trainer.train()
+            trainer.save_model(str(folder))
+
+        return _made_once(key.replace(" ", "_"), train)
+
+    def _command(self, key: str, name: str, seed: int) -> str:
+        """As a user types it who takes the data sets from the Hub.
+
+        A row that no recipe can run begins with its trainer's name instead.
+        """
+        dataset, trainer = self.settings[key].dataset, self.rows[name].trainer
+        recipe = "train_gtsrb.py" if dataset == GTSRB else "train_cifar10.py"
+        script = f"recipes/{recipe}" if trainer is AMPTrainer else trainer.__name__
+        words = [script, *self.arguments(key, name, seed)]
+        if dataset == DIGITS:
+            words += ["--dataset", DIGITS]
+        return shlex.join(word.removeprefix(f"{CACHE}/") for word in words)
+
+    def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
+        """Ratios to ERM's training time in the same round, by row."""
+        short = ["--num_train_epochs=5", "--max_train_samples=2000", "--max_eval_samples=10"]
+        trainers = {name: self._trainer(key, name, 0, *short)[0] for name in names}
+        ratios: dict[str, list[float]] = {name: [] for name in trainers}
+        order = list(trainers)
+        rounds = range(self.options.rounds)
+        for _ in tqdm(rounds, desc=f"timing {key}", unit=" rounds", disable=None):
+            seconds = {}
+            for name in order:
+                begin = time.perf_counter()
+                trainers[name].train()
+                seconds[name] = time.perf_counter() - begin
+            order.append(order.pop(0))  # a drift within the rounds then affects all rows alike
+            for name, value in seconds.items():
+                ratios[name].append(self.rows[name].epochs * value / seconds["ERM"])
+        return ratios
+
+    def _read(self) -> None:
+        self.found: dict[str, Any] = {"runs": [], "times": {}}
+        if self.path.exists():
+            self.found = json.loads(self.path.read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def _latest(self) -> Iterator[dict[str, Any]]:
+        """`found`, with what other processes have added, to be changed; saved at the end.
+
+        The file is replaced as a whole, so that an interruption cannot damage it.
+        """
+        with FileLock(f"{self.path}.lock"):
+            self._read()
+            yield self.found
+            written = self.path.with_suffix(".tmp")
+            written.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+            os.replace(written, self.path)
+
+
+def _made_once(name: str, make: Callable[[Path], object]) -> str:
+    """A folder that all processes share; no process sees it half made."""
+    folder = Path(CACHE, name)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = Path(tempfile.mkdtemp(dir=CACHE))
+            make(part)
+            part.replace(folder)
+    return str(folder)
+
+
+def _save_digits(folder: Path) -> None:
+    """The digits of train_digits.py, 1,000 of them to train on, as parquet files."""
+    digits = runpy.run_path(str(RECIPES / "train_digits.py"))["digits"]
+    parts = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
+    for split, rows in parts.items():
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")

@@ -1,0 +1,43 @@
+"""Results in Markdown."""
+
+import statistics
+from collections.abc import Iterable
+
+from runs import Runs
+
+# Factor, and digits after the point.
+_FORMATS = {"accuracy": (100, 2), "nll": (1, 3), "ece": (1, 3), "eigenvalue": (1, 1)}
+
+
+def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean ± standard deviation; `sign` as in a format specification."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def lines_of(runs: Runs, key: str, names: Iterable[str], columns: Iterable[str]) -> list[str]:
+    """A line for each row that has results: its name, its time, the columns and n."""
+    return [
+        line([_label(runs, key, name), *_cells(runs, key, name, columns)])
+        for name in names
+        if runs.values(key, name, "accuracy")
+    ]
+
+
+def _label(runs: Runs, key: str, name: str) -> str:
+    chosen = runs.rows[name].chosen_epsilon
+    return f"{name}, ε {runs.settings[key].epsilon:g}" if chosen else name
+
+
+def _cells(runs: Runs, key: str, name: str, columns: Iterable[str]) -> Iterable[str]:
+    ratio = runs.time_ratio(key, name)
+    yield f"{ratio:.2f}" if ratio else ""
+    for column in columns:
+        factor, digits = _FORMATS[column]
+        values = runs.values(key, name, column)
+        yield mean_and_spread([factor * value for value in values], digits)
+    yield str(len(runs.values(key, name, "accuracy")))

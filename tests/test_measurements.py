@@ -1,0 +1,175 @@
+"""The scripts of recipes/measurements, and its README.md, whose tables are those of the JSON."""
+
+import dataclasses
+import json
+
+import benchmark_step
+import erm_comparison
+import erm_settings
+import frontier
+import plan
+import pytest
+import runs
+import torch
+from images import parquet_folder
+from scripts import RECIPES, error_of, main_of
+from transformers import Trainer
+
+from amp_hf import AMPConfig, AMPTrainer
+
+MEASUREMENTS = RECIPES / "measurements"
+
+
+def saved_runs(script, folder=MEASUREMENTS):
+    path = folder / f"{script.__name__}.json"
+    return runs.Runs(script.SETTINGS, script.ROWS, plan.RunArguments(), path)
+
+
+def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
+    tmp_path, monkeypatch, capsys
+):
+    """Times mean nothing here; that memory is counted does."""
+    names = ["AMPTrainer", benchmark_step.AUGMENTING]
+    some = {name: benchmark_step.TRAINERS[name] for name in names}
+    monkeypatch.setattr(benchmark_step, "TRAINERS", some)
+    words = [
+        "--workloads=test_resnet:24:8",
+        "--rounds=2",
+        "--json",
+        tmp_path / "out.json",
+    ]
+    main_of(benchmark_step, monkeypatch, *words)
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    rows = result["trainers"]
+    assert list(rows) == ["AMPTrainer"]
+    assert rows["AMPTrainer"]["memory_copies"] == pytest.approx(1, abs=0.02)
+    assert f"{rows['AMPTrainer']['time'][1]:.3f} [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", benchmark_step.ALTERNATIVES)
+def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for(name):
+    """SAM's perturbation is one of AMP's that always reaches the ball."""
+    kind = dict(ball="tensor") if name == "AMP as released" else dict(inner_lr=1e6)
+    config = AMPConfig(benchmark_step.RADIUS, **kind, ascent_start=0.0, norm_stats="both")
+    after = []
+    for own in (benchmark_step.TRAINERS[name], dict(cls=AMPTrainer, amp_config=config)):
+        trainer = benchmark_step.build(("test_resnet", 24, 8), False, False, **own)
+        trainer.args.max_steps = 1  # LookSAM's first step is SAM's
+        trainer.train()
+        after.append([param.detach() for param in trainer.model.parameters()])
+    start = benchmark_step.build(("test_resnet", 24, 8), False, False, cls=Trainer).model
+    moved = [a - p for a, p in zip(after[0], start.parameters())]
+    expected = [a - p for a, p in zip(after[1], start.parameters())]
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
+    assert max(move.abs().max() for move in moved) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        (benchmark_step, ["--workloads=resnet18:32"], "takes model:image size:batch size"),
+        (benchmark_step, ["--workloads=resnet8:32:4"], "did you mean resnet18"),
+        (benchmark_step, ["--rounds=1"], "--rounds must be at least 2, got 1."),
+        (frontier, ["--rows", "SAM"], "--rows knows ERM, "),
+        (
+            frontier,
+            ["--settings", "mnist"],
+            "--settings knows cifar10, gtsrb, gtsrb_short, not 'mnist'.",
+        ),
+        (frontier, ["--data", "no/such"], "Pass --data a folder of local copies"),
+        (frontier, ["--row=ERM"], "['--row=ERM']"),  # not a short form of --rows
+        (
+            erm_comparison,
+            ["--tables", "grids"],
+            "--tables knows choice, results, defaults, sketches, grid",
+        ),
+        (erm_comparison, ["--data", "no/such"], "Pass --data a folder of local copies"),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, script, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in error_of(script, monkeypatch, *words)
+
+
+def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monkeypatch, capsys):
+    parquet_folder(tmp_path / "gtsrb", train=33, test=40)
+    short = dataclasses.replace(frontier.SETTINGS["gtsrb"], epochs=2)
+    monkeypatch.setitem(frontier.SETTINGS, "gtsrb", short)
+    words = ["--data", tmp_path, "--settings", "gtsrb", "--rounds=2"]
+    words += ["--output", tmp_path / "frontier.json"]
+    rows = ["--rows", "ERM", "budget 1.15"]
+    main_of(frontier, monkeypatch, *words, *rows, "--seeds", 0)
+    first = json.loads((tmp_path / "frontier.json").read_text())
+    rows += [name for name, row in frontier.ROWS.items() if row.trainer is not AMPTrainer]
+    main_of(frontier, monkeypatch, *words, *rows, "--seeds", 0, 1)
+    found = json.loads((tmp_path / "frontier.json").read_text())
+    assert found["runs"][:2] == first["runs"]  # with their seconds
+    done = [(run["row"], run["seed"]) for run in found["runs"]]
+    assert len(done) == len(set(done)) == 12
+    assert found["times"]["gtsrb"].keys() == set(rows[1:])
+    assert found["times"]["gtsrb"]["ERM"] == [1, 1]
+    table = frontier.table(saved_runs(frontier, tmp_path), "gtsrb")
+    assert table in capsys.readouterr().out
+    accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == "budget 1.15"]
+    assert f"{sum(accuracies) / 2:.2f} ± " in table
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_the_frontier_are_those_of_its_results():
+    found = saved_runs(frontier)
+    text = (MEASUREMENTS / "README.md").read_text()
+    for key in frontier.SETTINGS:
+        assert frontier.table(found, key) in text
+
+
+def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
+    """Of a network from scratch and of one that was trained here, one seed and then another."""
+    parquet_folder(tmp_path / "gtsrb", train=48, test=40)
+    monkeypatch.setattr(runs, "CACHE", str(tmp_path / "cache"))
+    for key in erm_comparison.GRID:
+        setting = dataclasses.replace(erm_comparison.SETTINGS[key], epochs=1)
+        monkeypatch.setitem(erm_comparison.SETTINGS, key, setting)
+    words = ["--data", tmp_path, "--output", tmp_path / "erm_comparison.json", "--rounds=0"]
+    words += ["--rows", "ERM", "budget 1.15, below 0.1", "held out, ERM", "held out, ε 0.4"]
+    words += ["--settings", *erm_comparison.GRID]
+    main_of(erm_comparison, monkeypatch, *words, "--seeds=0", "--tables", "choice", "grid")
+    first = json.loads((tmp_path / "erm_comparison.json").read_text())["runs"]
+    assert len(first) == 6
+    assert all("eigenvalue" not in run for run in first)
+    tuned = [run for run in first if erm_settings.SETTINGS[run["setting"]].base]
+    assert "--model gtsrb_test_resnet_short" in tuned[0]["command"]
+    assert (tmp_path / "cache" / "gtsrb_test_resnet_short" / "model.safetensors").exists()
+    assert tuned[0]["nll"] != first[0]["nll"]
+    main_of(erm_comparison, monkeypatch, *words, "--seeds", 0, 1)
+    found = json.loads((tmp_path / "erm_comparison.json").read_text())["runs"]
+    assert found[:6] == first  # with their seconds
+    done = [(run["setting"], run["row"], run["seed"]) for run in found]
+    assert len(done) == len(set(done)) == 2 * 6 + 2 * 4
+    assert all(("eigenvalue" in run) == erm_settings.ROWS[run["row"]].curvature for run in found)
+    out = capsys.readouterr().out
+    key = "gtsrb test_resnet"
+    erm, budget = (
+        [run["nll"] for run in found if (run["setting"], run["row"]) == (key, row)]
+        for row in ("ERM", "budget 1.15, below 0.1")
+    )
+    assert f"| {sum(erm) / 2:.3f} ± " in out
+    gains = [b - a for a, b in zip(erm, budget)]
+    assert f"<br>{sum(gains) / 2:+.3f} ± ".replace("-", "−") in out
+    assert (tmp_path / "erm_comparison_grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_the_comparison_are_those_of_its_results():
+    found = saved_runs(erm_comparison)
+    text = (MEASUREMENTS / "README.md").read_text()
+    for table in (
+        erm_comparison.choice_table,
+        erm_comparison.results_table,
+        erm_comparison.defaults_table,
+    ):
+        assert table(found) in text
+    for key in erm_comparison.COMPARED:
+        accuracy = {
+            epsilon: found.values(key, erm_settings.held_out(epsilon), "accuracy")[0]
+            for epsilon in erm_comparison.TRIED[key]
+        }
+        assert erm_comparison.SETTINGS[key].epsilon == max(accuracy, key=accuracy.get)
