@@ -92,7 +92,7 @@ def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
 
 
 def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:
-    """Adds to the metadata what is known better now."""
+    """Completes the metadata."""
     data.license = details.license or data.license or "unknown"
     if data.license not in LICENSES:
         data.license_name = re.sub(r"[^\w.-]+", "-", data.license.lower())
@@ -143,7 +143,7 @@ _METRICS = {
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    """In order, and without the loss where the likelihood is, which is the same."""
+    """The known metrics first, and no loss beside `nll`, which is the same number."""
     names = [name for name in [*_METRICS, *metrics] if name in metrics]
     return {name: metrics[name] for name in names if name != "loss" or "nll" not in metrics}
 

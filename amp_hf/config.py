@@ -52,7 +52,7 @@ class AMPConfig:
         default="global",
         metadata={
             "help": "global: one ball over all parameters; tensor: a ball for each tensor, all of "
-            "the same radius; relative: for each tensor, of radius epsilon times its norm."
+            "the same radius; relative: a ball for each tensor, epsilon times the tensor's norm."
         },
     )
     scope: Scope | None = field(
@@ -182,11 +182,11 @@ class AMPConfig:
         if not isinstance(saved, dict):
             raise ValueError(f"{path} is not a JSON object.")
         if unknown := saved.keys() - {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"{path} has fields that AMPConfig has not: {sorted(unknown)}.")
+            raise ValueError(f"{path} has fields that AMPConfig does not have: {sorted(unknown)}.")
         return cls(**saved)
 
     def changes_since(self, path: str | os.PathLike[str]) -> list[str]:
-        """What differs from the config in the JSON file at `path`, a sentence a field."""
+        """One sentence for each field that differs from the config in the JSON file at `path`."""
         try:
             saved = self.from_json_file(path).to_dict()
         except ValueError as error:

@@ -37,7 +37,7 @@ def code(value: Any) -> Markup:
 
 
 def literal(text: str) -> Markup:
-    """Python's literal of a string, for a block of code."""
+    """`text` as a Python string, for a block of code."""
     return Markup(json.dumps(text, ensure_ascii=False))
 
 

@@ -157,6 +157,13 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, text):
     assert AMPConfig().changes_since(path) == [f"{path} is not a JSON object"]
 
 
+def test_a_field_of_a_file_that_no_config_has_is_named(tmp_path):
+    path = tmp_path / "amp_config.json"
+    path.write_text('{"epsilon": 0.1, "rho": 0.05}')
+    with pytest.raises(ValueError, match=r"that AMPConfig does not have: \['rho'\]\.$"):
+        AMPConfig.from_json_file(path)
+
+
 @pytest.mark.parametrize("text", ["[" * 10**6, f'{{"epsilon": 1{"0" * 5000}}}'], ids=len)
 def test_a_file_that_python_cannot_read_as_json_is_named(tmp_path, text):
     path = tmp_path / "amp_config.json"
