@@ -1,4 +1,4 @@
-"""Which engines and optimizers are refused, because a step on them would not be exact."""
+"""Which trainers, engines and optimizers are refused: those that a step would be wrong with."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ from transformers.training_args import OptimizerNames
 
 from .config import AMPConfig
 from .engine import engine_for
+
+# Of TRL. Each pass of theirs draws or generates a batch of its own, so that Δ would come from
+# another batch than the update; PPOTrainer has a loop of its own, which perturbs nothing.
+_GENERATING = frozenset(
+    """
+    A2POTrainer AsyncDistillationTrainer AsyncGRPOTrainer DistillationTrainer GKDTrainer GOLDTrainer
+    GRPOTrainer IWOPDTrainer OnlineDPOTrainer PPOTrainer RLOOTrainer SDFTTrainer SDPOTrainer
+    """.split()  # noqa: SIM905
+)
+
+
+def check_parent(trainer: type) -> None:
+    """Raises `ValueError` for a trainer whose passes do not share their batch."""
+    for parent in trainer.__mro__:
+        if parent.__module__.startswith("trl.") and parent.__name__ in _GENERATING:
+            raise ValueError(
+                f"AMPTrainerMixin does not support {parent.__name__}: each of its passes draws or "
+                "generates a batch of its own, and a perturbed step needs two on the same one. Use "
+                "AMPConfig(epsilon=0)."
+            )
 
 
 def check_engine(

@@ -19,12 +19,13 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from .card import CardDetails, write
-from .checks import check_engine
+from .checks import check_engine, check_parent
 from .config import AMPConfig
 from .parameters import check_no_hooks, check_perturbable
 from .passes import ParentPasses
 from .record import TrainingRecord, warn_if_never_perturbed
 from .step import PerturbedStep
+from .trackers import ShowConfig
 
 if TYPE_CHECKING:
     _Parent = Trainer
@@ -61,14 +62,21 @@ class AMPTrainerMixin(_Parent):
     model: Any  # the Trainer's own
 
     def __init__(self, *args: Any, amp_config: AMPConfig | None = None, **kwargs: Any) -> None:
+        if not isinstance(self, Trainer):
+            raise ValueError(
+                f"AMPTrainerMixin goes in front of a transformers.Trainer, and "
+                f"{type(self).__name__} is none: mix it into the Trainer that it works with."
+            )
         if not isinstance(amp_config, AMPConfig | None):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
         self.card_details = CardDetails()
         parent = ParentPasses(self, super().training_step, super().get_batch_samples)
-        self._step = PerturbedStep(self, parent)
+        self._amp_step = PerturbedStep(self, parent)
         super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks.insert(0, ShowConfig(self))
         if self.amp_config.epsilon > 0:
+            check_parent(type(self))
             check_engine(self.amp_config, self.accelerator, self.args, self.model)
             check_perturbable(self.model, self.amp_config.perturb)
             check_no_hooks(self.model)
@@ -84,7 +92,8 @@ class AMPTrainerMixin(_Parent):
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._step.end_run()
+            self._amp_step.end_run()
+            ShowConfig.end(self.args)
         warn_if_never_perturbed(self.amp_config, self.state)
         return result
 
@@ -92,7 +101,7 @@ class AMPTrainerMixin(_Parent):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         window, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step.begin_window(window)
+        self._amp_step.begin_window(window)
         return window, num_items
 
     def training_step(
@@ -106,12 +115,12 @@ class AMPTrainerMixin(_Parent):
         Returns:
             The parent's loss at θ, 0-dimensional.
         """
-        return self._step(model, inputs, num_items_in_batch)
+        return self._amp_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The training's own log, which alone has a `start_time`, comes on all ranks together.
-        if "loss" in logs and start_time is not None and self._step.run.state is self.state:
-            means = self._step.means.take()
+        if "loss" in logs and start_time is not None and self._amp_step.run.state is self.state:
+            means = self._amp_step.means.take()
             if means is not None:
                 means = self.accelerator.reduce(means, reduction="mean")
                 logs |= zip(("amp/loss", "amp/sharpness", "amp/delta_norm"), means.tolist())
@@ -122,7 +131,7 @@ class AMPTrainerMixin(_Parent):
 
         `amp_config.json` lies beside the weights, once they are written.
         """
-        with self._step.at_theta():
+        with self._amp_step.at_theta():
             super().save_model(output_dir, _internal_call=True)  # without the push at its end
         if self.args.should_save:
             folder = str(output_dir or self.args.output_dir)
@@ -133,7 +142,7 @@ class AMPTrainerMixin(_Parent):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
-        self._step.run.reusable = None
+        self._amp_step.run.reusable = None
         super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

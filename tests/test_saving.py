@@ -88,7 +88,7 @@ def test_where_the_parameters_are_sharded_a_save_in_mid_step_is_refused(tmp_path
 
     def arm(event, state, control):
         if state.global_step == 1:
-            engine = trainer._step.run.engine
+            engine = trainer._amp_step.run.engine
             engine.at_theta = _Sharded.at_theta.__get__(engine)
             trainer.model.register_forward_pre_hook(save)
 

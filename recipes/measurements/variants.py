@@ -22,13 +22,13 @@ class BF16Ascents(AMPTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        inner_passes = self._step._inner_passes
+        inner_passes = self._amp_step._inner_passes
 
         def in_bf16(*args) -> list[Tensor]:
             with torch.autocast(self.args.device.type, torch.bfloat16):
                 return inner_passes(*args)
 
-        self._step._inner_passes = in_bf16
+        self._amp_step._inner_passes = in_bf16
 
 
 class RateFollowingRadius(AMPTrainer):

@@ -1,0 +1,110 @@
+"""Mixed into other trainers than the stock one."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from support import MLP, always, arguments, digits, make, outcome, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
+from amp_hf.checks import check_parent
+
+
+class CountingTrainer(Trainer):
+    """Has private attributes of its own, as TRL's GRPOTrainer has `_step`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._step = self._window = self._run = self._engine = 0
+
+    def training_step(self, *args, **kwargs):
+        self._step += 1
+        return super().training_step(*args, **kwargs)
+
+
+class AMPCountingTrainer(AMPTrainerMixin, CountingTrainer):
+    pass
+
+
+def test_a_parents_private_attributes_are_its_own(tmp_path):
+    ours, stock, perturbed, plain = (
+        train(make(), tmp_path, **own)
+        for own in (
+            dict(cls=AMPCountingTrainer, config=AMPConfig(epsilon=0)),
+            dict(cls=CountingTrainer),
+            dict(cls=AMPCountingTrainer, config=always()),
+            dict(config=always()),
+        )
+    )
+    assert ours._step == stock._step == 8
+    assert outcome(ours) == outcome(stock)
+    assert outcome(perturbed) == outcome(plain)
+
+
+class NoTrainer:
+    """As SetFit's Trainer: it has one, and is none."""
+
+    def __init__(self, model=None, args=None, train_dataset=None):
+        self.dataloader = DataLoader(train_dataset)
+
+
+class AMPNoTrainer(AMPTrainerMixin, NoTrainer):
+    pass
+
+
+def test_what_is_no_transformers_trainer_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"AMPNoTrainer is none: mix it into the Trainer") as it:
+        AMPNoTrainer(make(), args=arguments(tmp_path), train_dataset=digits())
+    assert "\n" not in str(it.value)
+
+
+def test_trainers_whose_passes_generate_their_batches_are_refused():
+    generating = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
+    with pytest.raises(ValueError, match=r"does not support GRPOTrainer: .*epsilon=0") as it:
+        check_parent(type("Mine", (AMPTrainerMixin, generating), {}))
+    assert "\n" not in str(it.value)
+    namesake = type("GRPOTrainer", (Trainer,), {"__module__": "mine"})
+    check_parent(type("Mine", (AMPTrainerMixin, namesake), {}))
+
+
+def test_trackers_show_the_perturbation_and_what_is_saved_does_not(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(args.to_dict() | json.loads(args.to_json_string()))
+
+    config = always(epsilon=0.3, perturb="fc1")
+    trainer = train(
+        make(),
+        tmp_path,
+        config,
+        trainer={"callbacks": [Tracker()]},
+        report_to="tensorboard",
+        max_steps=2,
+    )
+    (shown,) = seen
+    assert {name: shown[f"amp/{name}"] for name in config.to_dict()} == config.to_dict()
+    assert shown["learning_rate"] == 0.1
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events)).Reload()
+    (text,) = board.Tensors("args/text_summary")
+    assert '"amp/epsilon": 0.3' in text.tensor_proto.string_val[0].decode()
+    assert not any(name.startswith("amp/") for name in trainer.args.to_dict())
+    assert pickle.loads(pickle.dumps(trainer.args)).learning_rate == 0.1
+
+
+def test_a_callback_that_fails_at_the_beginning_leaves_the_arguments_as_they_were(tmp_path):
+    class Failing(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            raise RuntimeError("planted")
+
+    trainer = AMPTrainer(MLP(), arguments(tmp_path), train_dataset=digits(), callbacks=[Failing()])
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.train()
+    assert "amp/epsilon" not in trainer.args.to_dict()
+    torch.save(trainer.args, tmp_path / "args.bin")
