@@ -48,6 +48,9 @@ class Engine:
         """Whether the first pass of all must be a synchronized one: DDP's static_graph."""
         return getattr(model, "static_graph", False)
 
+    def reshard(self, model: nn.Module) -> None:
+        """Then the model's parameters are what this rank keeps, not what a pass has gathered."""
+
     def shard(self, param: Tensor) -> Tensor:
         """The part of `param` that this rank keeps: a view, through which it can be changed."""
         return param
@@ -199,10 +202,13 @@ class _FSDP2(_Sharded):
             model.reset_iter_state()  # else what it gathered at θ + Δ would be computed with
             raise
 
-    def _moved(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def _moved(self, model: nn.Module) -> None:
+        self.reshard(model)
 
     def _whole_gradient(self, param: Tensor, shard: Tensor) -> Tensor:
         if not isinstance(param, DTensor):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .blocks import JointTensors
+from .engine import Engine
 from .preserve import Buffer, norm_buffers
 
 
@@ -102,7 +102,7 @@ class StepTensors:
 
     Args:
         optimizer: some of its parameters may not be the model's: a loss function may have some.
-        shard: the part of a parameter that this process keeps.
+        engine: knows which part of a parameter this process keeps.
 
     Attributes:
         trainable: all parameters that a backward pass gives a gradient.
@@ -115,7 +115,7 @@ class StepTensors:
         model: nn.Module,
         perturb: str,
         optimizer: torch.optim.Optimizer | None,
-        shard: Callable[[Tensor], Tensor],
+        engine: Engine,
     ) -> None:
         self.model = model
         self.trainable: list[nn.Parameter] = []
@@ -123,7 +123,7 @@ class StepTensors:
         self.norm_buffers: list[Buffer] = []
         self._perturb = perturb
         self._optimizer = optimizer
-        self._shard = shard
+        self._engine = engine
         # Parameters that share memory with a perturbed one, and that one.
         self._sharing: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._joint: JointTensors | None = None
@@ -135,6 +135,7 @@ class StepTensors:
         Raises:
             ValueError: nothing is left to perturb, or what was added cannot be perturbed.
         """
+        self._engine.reshard(self.model)
         groups = self._optimizer.param_groups if self._optimizer else []
         optimized = (param for group in groups for param in group["params"])
         everything = dict.fromkeys(itertools.chain(self.model.parameters(), optimized))
@@ -147,7 +148,7 @@ class StepTensors:
         self.perturbed, self._sharing, self._joint = [], [], None
         owners: dict[Any, nn.Parameter] = {}
         for param in perturbed_parameters(self.model, self._perturb).values():
-            shard = self._shard(param)
+            shard = self._engine.shard(param)
             memory = shard.data_ptr(), shard.shape, shard.stride()
             owner = owners.setdefault(memory, param) if shard.numel() else param
             if owner is param:
@@ -168,6 +169,6 @@ class StepTensors:
         A CPU would otherwise map it in again, page by page, in every step.
         """
         if fresh or self._joint is None:
-            self._joint = JointTensors([self._shard(param) for param in self.perturbed])
+            self._joint = JointTensors([self._engine.shard(param) for param in self.perturbed])
         self._joint.zero_()
         return self._joint

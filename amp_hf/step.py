@@ -249,7 +249,7 @@ class PerturbedStep:
         if run.tensors is None or run.tensors.model is not trainer.model:
             run.engine = engine_for(self._config, trainer.accelerator, trainer.model)
             run.tensors = StepTensors(
-                trainer.model, self._config.perturb, trainer.optimizer, run.engine.shard
+                trainer.model, self._config.perturb, trainer.optimizer, run.engine
             )
             if run.engine.records_first_pass(model):
                 self.parent.without_side_effects(model, inputs, num_items, run.tensors)
