@@ -319,6 +319,7 @@ def test_attention_has_a_curvature(kind):
     assert (a - b).norm() < 0.02 * b.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(tmp_path):
     """Each on its share of the batches, the last of which is smaller."""
