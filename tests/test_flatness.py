@@ -123,6 +123,7 @@ def test_a_power_iteration_that_has_not_converged_says_so():
     assert found.residual > 1e-5
 
 
+@pytest.mark.slow
 def test_the_trace_is_estimated_with_its_standard_error():
     surface = quadratic_surface([5.0, 2.0, 1.0, 0.5, 0.0, -1.0])
     found = surface.trace(probes=2000)
