@@ -377,6 +377,7 @@ def test_a_recipe_ends_with_one_line_when_the_token_is_missing_or_the_push_fails
     assert hub.token not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_for_the_card_keeps_no_model_from_the_hub(
     tmp_path, hub, monkeypatch, capsys
 ):

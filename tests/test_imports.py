@@ -1,6 +1,7 @@
 """Imports point one way, as the map in CONTRIBUTING.md says: to the mathematics, never back."""
 
 import ast
+import functools
 import itertools
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def below(name):
     return found
 
 
+@functools.cache
 def imports_by_name():
     graph = {}
     for module in MODULES:

@@ -25,6 +25,7 @@ def saved_runs(script, folder=MEASUREMENTS):
     return runs.Runs(script.SETTINGS, script.ROWS, plan.RunArguments(), path)
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
     tmp_path, monkeypatch, capsys
 ):
@@ -91,6 +92,7 @@ def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, script, words, said
     assert said in error_of(script, monkeypatch, *words)
 
 
+@pytest.mark.slow
 def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monkeypatch, capsys):
     parquet_folder(tmp_path / "gtsrb", train=33, test=40)
     short = dataclasses.replace(frontier.SETTINGS["gtsrb"], epochs=2)
@@ -122,6 +124,7 @@ def test_the_tables_of_the_frontier_are_those_of_its_results():
         assert frontier.table(found, key) in text
 
 
+@pytest.mark.slow
 def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
     """Of a network from scratch and of one that was trained here, one seed and then another."""
     parquet_folder(tmp_path / "gtsrb", train=48, test=40)

@@ -64,6 +64,7 @@ def test_a_reliability_diagram_holds_confidence_and_accuracy_by_bin():
     assert found["ece"] == pytest.approx((low - 0.5 + 1 - high) / 2)
 
 
+@pytest.mark.slow
 def test_pictures_are_saved_with_their_numbers_and_leave_the_models_alone(tmp_path):
     models = surfaces()
     before = {name: weights(surface.model) for name, surface in models.items()}

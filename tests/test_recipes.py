@@ -200,6 +200,7 @@ def test_every_amp_field_is_an_argument(tmp_path):
     assert parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)])[2] == amp
 
 
+@pytest.mark.slow
 def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tmp_path, data):
     """Resumed after one epoch of two, against two epochs in one go."""
     common = [*SMALL.split(), "--dataset", data, "--ascent_start=0.25", "--logging_steps=1"]
@@ -392,6 +393,7 @@ def test_a_search_in_which_every_epsilon_does_harm_recommends_none(
     assert out.splitlines()[-1].endswith("--epsilon 0")
 
 
+@pytest.mark.slow
 def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_with_it(
     tmp_path, data, capsys, monkeypatch
 ):
