@@ -23,6 +23,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters", "side"),
     [
@@ -153,6 +154,7 @@ def test_saved_models_predict_the_same_in_a_process_without_amp_hf(tmp_path):
         torch.testing.assert_close(torch.load(f"{folder}/logits.pt"), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models.NAMES)
 def test_a_network_gives_features_and_takes_a_device_and_a_type(name):
     own = {} if name == "vgg16_small" else SMALL.get(name, {})  # of so many features

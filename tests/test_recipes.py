@@ -243,7 +243,7 @@ BAD = {
     "--image_size=1": "does not work on images of 1x1 pixels",
     "--validation_fraction=1": "--validation_fraction must be in [0, 1), got 1.0.",
     "--output_dir=/dev/null/x": "--output_dir '/dev/null/x' cannot be written to",
-    "--optim=lomo": "steps inside of the backward pass",
+    "--optim=lomo": "steps inside the backward pass",
     "--no_such_argument=1": "--no_such_argument=1",
     "--resume_from_checkpoint=true": "--resume_from_checkpoint true: no checkpoint there",
     "--resume_from_checkpoint=no/such": "--resume_from_checkpoint no/such: no checkpoint there",

@@ -99,6 +99,7 @@ def signalled(model, call, backward):
         model.fc.register_forward_pre_hook(hook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

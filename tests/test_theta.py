@@ -114,6 +114,7 @@ def test_an_error_in_any_pass_leaves_the_parameters_at_theta(tmp_path, scope, wh
     assert len(logged(trainer, "amp/loss")) == 2 // every
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("reuse", [False, True])

@@ -184,6 +184,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
         assert results[0][key] == results[1][key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [{}, {"inner_steps": 2, "scope": "batch"}, {"ascent_start": 0.5}]
 )
