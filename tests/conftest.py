@@ -15,21 +15,23 @@ torch.set_num_threads(1)  # small tensors: threads would only wait for each othe
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite runs on two processes, a file on one, where pytest-xdist is installed."""
+    """The whole suite, or the fast part of it, runs on two processes where xdist is installed."""
     options = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not options.keyword
     looks = options.usepdb or options.capture == "no"
     is_worker = hasattr(config, "workerinput")  # which must not start further ones
     if whole and not looks and not is_worker and getattr(options, "numprocesses", 0) is None:
         options.numprocesses = 2
-        options.dist = "loadfile"
+        options.dist = "loadgroup"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "outcomes" in getattr(item, "fixturenames", ()):  # one start of an engine has them all
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params["engine"]))
 
 
 def pytest_collection_finish(session):

@@ -6,7 +6,6 @@ goes to FOLDER/<rank>.pkl.
 
 import copy
 import functools
-import itertools
 import os
 import pickle
 import signal
@@ -170,9 +169,9 @@ def before_and_after(trainer, raises):
             look()
             error = RuntimeError("planted")
             if raises == "forward":
-                raise_at(trainer.model.fc2, 2, error)
+                raise_at(trainer.model.fc2.register_forward_pre_hook, 2, error)
             else:
-                raise_in_backward_at(trainer.model.fc1, 2, error)
+                raise_at(trainer.model.fc1.register_full_backward_hook, 2, error)
 
     trainer.add_callback(on(["on_step_begin"], arm))
     try:
@@ -181,16 +180,6 @@ def before_and_after(trainer, raises):
         assert "planted" in str(error)
         look()
     return seen
-
-
-def raise_in_backward_at(module, call, error):
-    calls = itertools.count(1)
-
-    def hook(*_):
-        if next(calls) == call:
-            raise error
-
-    module.register_full_backward_hook(hook)
 
 
 def trainer_of(

@@ -1,11 +1,18 @@
 """Recipes and measuring scripts, run in this process; pyproject.toml puts them on the path."""
 
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def run_here(script, monkeypatch, *words):
+    """Runs the file `script` as a process of its own would, without starting one."""
+    monkeypatch.setattr(sys, "argv", list(map(str, [script, *words])))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def main_of(script, monkeypatch, *words):

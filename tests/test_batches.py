@@ -20,15 +20,15 @@ def images(count):
     return [torch.full((3, 4 + i, 4), i) for i in range(count)]
 
 
-def same(a, b):
+def same_tree(a, b):
     if torch.is_tensor(a):
         return torch.is_tensor(b) and torch.equal(a, b)
     if type(a) is not type(b):
         return False
     if isinstance(a, dict | BatchEncoding):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same_tree(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(same_tree, a, b))
     return a == b
 
 
@@ -55,8 +55,8 @@ HOLDING_SAMPLES = {
 @pytest.mark.parametrize("make", HOLDING_PARTS.values(), ids=HOLDING_PARTS)
 def test_a_part_of_a_batch_is_that_part_of_all_that_it_holds(make, size):
     batch = make(size)
-    assert same(first_samples(batch, 0.5), make(max(2, round(size * 0.5))))
-    assert same(batch, make(size))
+    assert same_tree(first_samples(batch, 0.5), make(max(2, round(size * 0.5))))
+    assert same_tree(batch, make(size))
 
 
 @pytest.mark.parametrize("size", [3, 8, 12])
@@ -64,13 +64,15 @@ def test_a_part_of_a_batch_is_that_part_of_all_that_it_holds(make, size):
 def test_a_list_with_an_entry_for_each_sample_is_cut_and_its_entries_are_not(make, size):
     count = max(2, round(size * 0.5))
     batch = make(size)
-    assert same(first_samples(batch, 0.5), {key: value[:count] for key, value in batch.items()})
-    assert same(batch, make(size))
+    assert same_tree(
+        first_samples(batch, 0.5), {key: value[:count] for key, value in batch.items()}
+    )
+    assert same_tree(batch, make(size))
 
 
 def test_a_list_of_dictionaries_is_a_list_of_samples():
     samples = [{"x": rows(5)} for _ in range(8)]
-    assert same(first_samples(samples, 0.25), samples[:2])
+    assert same_tree(first_samples(samples, 0.25), samples[:2])
 
 
 @pytest.mark.parametrize(

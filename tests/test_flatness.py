@@ -123,6 +123,7 @@ def test_a_power_iteration_that_has_not_converged_says_so():
     assert found.residual > 1e-5
 
 
+@pytest.mark.slow
 def test_the_trace_is_estimated_with_its_standard_error():
     surface = quadratic_surface([5.0, 2.0, 1.0, 0.5, 0.0, -1.0])
     found = surface.trace(probes=2000)
@@ -319,6 +320,7 @@ def test_attention_has_a_curvature(kind):
     assert (a - b).norm() < 0.02 * b.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(tmp_path):
     """Each on its share of the batches, the last of which is smaller."""

@@ -106,6 +106,7 @@ SMALL_PREACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "code"), [([], False), (SMALL_PREACT, True)])
 def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path, model, code):
     data = parquet_folder(tmp_path / "data", train=64, test=32)
@@ -217,6 +218,7 @@ def test_an_amp_trainer_fails_to_push_as_the_stock_trainer_does(tmp_path, hub, s
     assert failures[0] == failures[1]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_push_once(tmp_path):
     worker = Path(__file__).with_name("hub_worker.py")
@@ -244,6 +246,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_when_a_push_fails_the_model_is_safe_and_one_command_pushes_it(tmp_path, hub, failure):
     match, status, said = FAILURES[failure]
@@ -352,6 +355,7 @@ def test_a_hub_that_refuses_at_the_start_is_told_of_before_anything_is_trained(
         pushing(tmp_path, hub)
 
 
+@pytest.mark.slow
 def test_a_recipe_ends_with_one_line_when_the_token_is_missing_or_the_push_fails(tmp_path):
     data = parquet_folder(tmp_path / "data", train=32, test=32)
     with Hub() as hub:

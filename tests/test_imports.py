@@ -1,7 +1,13 @@
-"""Imports point one way: from the images to the core, never back."""
+"""Imports point one way, as the map in CONTRIBUTING.md says: to the mathematics, never back."""
 
 import ast
+import itertools
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parent.parent / "amp_hf"
 MEASURING = {"flatness", "metrics", "pictures"}
@@ -46,6 +52,75 @@ def test_imports_point_one_way():
         allowed = task | MEASURING if task or module.stem in MEASURING else set()
         against[str(module)] = imported(module) & (TASKS | MEASURING) - allowed
     assert {module: names for module, names in against.items() if names} == {}
+
+
+def below(name):
+    """All that the module or package of that name imports, also by way of others."""
+    graph = imports_by_name()
+    found, left = set(), [name]
+    while left:
+        new = graph[left.pop()] - found
+        found |= new
+        left += new
+    return found
+
+
+def imports_by_name():
+    graph = {}
+    for module in MODULES:
+        if module.parts[0] != "__init__":
+            graph.setdefault(module.parts[0], set()).update(imported(module))
+    return {name: (names - {name}) & graph.keys() for name, names in graph.items()}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    order = list(TopologicalSorter(imports_by_name()).static_order())  # an error for a cycle
+    assert {"config", "trainer", "images"} <= set(order)
+
+
+@pytest.mark.parametrize(
+    "arrows",
+    [
+        ["images", "trainer", "step", "engine", "perturbation", "blocks"],
+        ["step", "parameters", "preserve"],
+        ["perturbation", "config"],
+        ["trainer", "card", "record"],
+        ["images", "flatness"],
+        ["images", "pictures"],
+    ],
+    ids=" -> ".join,
+)
+def test_the_arrows_of_the_map_are_there(arrows):
+    for above, name in itertools.pairwise(arrows):
+        assert name in below(above)
+        assert above not in below(name)
+
+
+def test_the_mathematics_and_the_card_know_nothing_of_the_trainer():
+    assert below("perturbation") == {"blocks", "config"}
+    assert below("config") == below("blocks") == set()
+    assert below("card") & {"trainer", "step", "engine"} == set()
+    assert below("trainer") & (TASKS | MEASURING) == set()
+
+
+@pytest.mark.slow
+def test_importing_the_config_loads_no_torch_and_what_is_below_loads_nothing_from_above():
+    """One process, in which each import finds what those before it have left."""
+    steps = [
+        ("import amp_hf.config", ["torch", "transformers"]),
+        ("from amp_hf import AMPConfig", ["torch", "transformers"]),
+        ("import amp_hf.perturbation", ["transformers", "accelerate"]),
+        (
+            "from amp_hf import AMPTrainer",
+            [f"amp_hf.{name}" for name in sorted(TASKS | MEASURING)] + ["timm", "matplotlib"],
+        ),
+    ]
+    script = "import sys\n" + "\n".join(
+        f"{statement}\nprint([name for name in {absent} if name in sys.modules])"
+        for statement, absent in steps
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n" * len(steps), "")
 
 
 def test_the_search_finds_every_form_of_import():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from support import (
     MLP,
+    SCOPES,
     Sharing,
     always,
     differing,
@@ -20,8 +21,6 @@ from torch import nn
 
 from amp_hf import AMPConfig
 from amp_hf.parameters import check_perturbable
-
-SCOPES = ["micro_batch", "batch"]
 
 
 class Tied(Sharing):

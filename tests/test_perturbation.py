@@ -4,7 +4,7 @@ import functools
 import pytest
 import reference
 import torch
-from support import LiveBytes
+from support import BALLS, LiveBytes, same
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +12,6 @@ from amp_hf import blocks
 from amp_hf.blocks import JointTensors
 from amp_hf.perturbation import Perturbation, shrinkage
 
-BALLS = ["global", "tensor", "relative"]
 FOREACH = [name for name in dir(torch) if name.startswith("_foreach_")]
 
 
@@ -37,10 +36,6 @@ def project(delta, *args):
     factor, norm = shrinkage(delta, *args)
     torch._foreach_mul_(delta.tensors, factor)
     return norm
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def displaced(epsilon=0.1, ball="global"):
@@ -320,20 +315,3 @@ def test_offloaded_parameters_take_a_rate_and_a_factor_from_the_device():
         perturbation.scale_radius(factor)
         with pytest.raises(DataDependentOutputException):
             perturbation.ascend(JointTensors(params), factor)
-
-
-def test_joint_memory_is_that_of_empty_like_and_no_two_tensors_share_any_of_it():
-    image = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
-    params = [torch.zeros(8)[::2], torch.zeros(3, 9)[:, :5], image, torch.zeros(2, 3).T]
-    params += [torch.zeros(()), torch.zeros(5, dtype=torch.float64)]
-    joint = JointTensors(params)
-    for i, tensor in enumerate(joint):
-        tensor.fill_(i)
-    for i, (tensor, param) in enumerate(zip(joint, params, strict=True)):
-        like = torch.empty_like(param)
-        assert (tensor.shape, tensor.stride(), tensor.dtype) == (
-            like.shape,
-            like.stride(),
-            like.dtype,
-        )
-        assert (tensor == i).all()

@@ -15,7 +15,7 @@ import train_digits
 from huggingface_hub import ModelCard
 from images import parquet_folder, rows
 from PIL import Image
-from scripts import RECIPES, error_of, main_of
+from scripts import RECIPES, error_of, main_of, run_here
 from support import differing
 from transformers import AutoModelForImageClassification
 
@@ -50,6 +50,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_path):
     out = run(RECIPES / "train_digits.py", "--seeds=2", "--epochs=2", f"--output_dir={tmp_path}")
     assert "200 training images, n = 2 seeds" in out
@@ -67,6 +68,7 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_p
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "amp").config.num_labels == 10
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
     folder = tmp_path / 'a "flat" model'
     command = [RECIPES / "train_cifar10.py", *SMALL.split(), "--dataset", data]
@@ -80,7 +82,8 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
     assert rf'pipeline("image-classification", model="{tmp_path}/a \"flat\" model")' in out
 
 
-def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data):
+@pytest.mark.slow
+def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data, monkeypatch):
     """The ERM baseline, the flatness, further splits and pictures, each of a real run."""
     folder = tmp_path / "data"
     parquet_folder(folder, train=96, test=40)
@@ -120,8 +123,8 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
             loss = model(**plain.__getitems__(list(range(96)))).loss.item()
         assert flatness[name]["loss"] == pytest.approx(loss, rel=1e-4)
     # The baseline is what the stock Trainer trains from the same seed, and stays off the Hub.
-    stock = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--dataset", tmp_path / "data"]
-    run(*stock, "--epsilon=0", "--output_dir", tmp_path / "stock")
+    stock = [*SMALL.split(), "--dataset", tmp_path / "data", "--epsilon=0"]
+    run_here(RECIPES / "train_gtsrb.py", monkeypatch, *stock, "--output_dir", tmp_path / "stock")
     baseline, expected = (
         AutoModelForImageClassification.from_pretrained(path).state_dict()
         for path in (folder / "_erm", tmp_path / "stock")
@@ -140,6 +143,7 @@ def test_pictures_without_matplotlib_are_refused_before_the_training(
     assert "draw pictures: pip install matplotlib." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "config", sorted((RECIPES / "accelerate").iterdir()), ids=lambda path: path.stem
@@ -347,11 +351,9 @@ def test_a_last_batch_of_one_image_is_dropped(tmp_path, data):
     assert state["global_step"] == 4
 
 
-@pytest.mark.parametrize(
-    "argument", ["--perturb=nope", "--output_dir=/dev/null/x", "--train_samples=33"]
-)
-def test_bad_input_to_the_digits_recipe_ends_with_one_line(argument):
-    command = [sys.executable, RECIPES / "train_digits.py", "--epochs=1", argument]
+@pytest.mark.slow
+def test_a_process_of_the_digits_recipe_ends_with_code_1_and_one_line():
+    command = [sys.executable, RECIPES / "train_digits.py", "--epochs=1", "--perturb=nope"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -365,6 +367,9 @@ def test_bad_input_to_the_digits_recipe_ends_with_one_line(argument):
         (search_epsilon, ["--lowest=2"], "above 0 and below --highest, got 2.0, 1.0"),
         (search_epsilon, ["--validation_fraction=0"], "--validation_fraction must be above 0: "),
         (search_epsilon, ["--model=resnet8", "--dataset", "{data}"], "did you mean resnet18"),
+        (train_digits, ["--epochs=1", "--perturb=nope"], "matches no trainable parameter"),
+        (train_digits, ["--epochs=1", "--output_dir=/dev/null/x"], "/dev/null/x"),
+        (train_digits, ["--epochs=1", "--train_samples=33"], "--train_samples"),
         (train_digits, ["--budget=0"], "takes a finite number > 1"),
         (train_digits, ["--seed=7"], "['--seed=7']"),  # not a short form of --seeds
     ],
@@ -411,19 +416,20 @@ def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_w
     assert (best, loss) == min(tried, key=lambda trial: float(trial[1]))
     command = shlex.split(out.splitlines()[-1])
     assert command[:2] == ["python", "recipes/train_cifar10.py"]
-    run(RECIPES / "train_cifar10.py", *command[2:], "--output_dir=out")
+    run_here(RECIPES / "train_cifar10.py", monkeypatch, *command[2:], "--output_dir=out")
     assert AMPConfig.from_json_file("out/amp_config.json").epsilon == float(best)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_evaluate_as_one_does(tmp_path, data):
+def test_two_processes_evaluate_as_one_does(tmp_path, data, monkeypatch):
     """79 test images over two processes: the one that fills up the last batch is not counted."""
-    common = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--model=test_vit", "--image_size=32"]
+    common = [*SMALL.split(), "--model=test_vit", "--image_size=32"]
     common += ["--dataset", data, "--max_eval_samples=79", "--per_device_eval_batch_size=16"]
     common += ["--learning_rate=0", "--ascent_start=0.9"]
-    run(*common, "--output_dir", tmp_path / "1")
+    run_here(RECIPES / "train_gtsrb.py", monkeypatch, *common, "--output_dir", tmp_path / "1")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run(*torchrun, *common, "--output_dir", tmp_path / "2")
+    run(*torchrun, RECIPES / "train_gtsrb.py", *common, "--output_dir", tmp_path / "2")
     states = [json.loads((tmp_path / n / "trainer_state.json").read_text()) for n in "12"]
     assert [state["global_step"] for state in states] == [4, 2]  # 128 images a process
     one, two = results(tmp_path / "1"), results(tmp_path / "2")

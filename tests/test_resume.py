@@ -17,6 +17,7 @@ def start(folder, mode, config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "ascents"),
     [

@@ -1,16 +1,87 @@
-"""What is saved in the middle of a step, and what somebody else logs there."""
+"""What is saved, also in the middle of a step, and what is said when it is resumed."""
 
+import logging
 import os
 import signal
 
 import pytest
 import safetensors.torch
 import torch
-from support import ConvNet, always, logged, make, on, outcome, same, trainer_for, weights
+from support import (
+    MLP,
+    SCOPES,
+    ConvNet,
+    always,
+    make,
+    on,
+    outcome,
+    same,
+    train,
+    trainer_for,
+    weights,
+)
+from transformers import Trainer
 
+from amp_hf import AMPConfig
 from amp_hf.engine import _Sharded
 
-SCOPES = ["micro_batch", "batch"]
+
+def test_the_config_lies_beside_every_saved_model(tmp_path):
+    config = always(epsilon=0.3, perturb="fc1")
+    trainer = train(make(), tmp_path, config, save_strategy="steps", save_steps=2, max_steps=4)
+    trainer.save_model()
+    trainer.save_model(tmp_path / "elsewhere")
+    for folder in ("checkpoint-2", "checkpoint-4", ".", "elsewhere"):
+        assert AMPConfig.from_json_file(tmp_path / folder / "amp_config.json") == config
+        assert (tmp_path / folder / "model.safetensors").is_file()
+
+
+def test_a_save_that_fails_leaves_the_config_of_the_weights_that_are_there(tmp_path):
+    trainer = trainer_for(make(MLP), tmp_path, AMPConfig(0.1))
+    trainer.save_model()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()  # where no weights can be written
+    trainer.amp_config = AMPConfig(0.2)
+    with pytest.raises(Exception, match="directory"):
+        trainer.save_model()
+    assert AMPConfig.from_json_file(tmp_path / "amp_config.json").epsilon == 0.1
+
+
+@pytest.mark.parametrize("latest", [True, False])
+def test_resuming_with_another_config_names_each_field_that_differs(tmp_path, caplog, latest):
+    save = dict(save_strategy="steps", save_steps=2)
+    train(make(), tmp_path, always(epsilon=0.3), max_steps=2, **save)
+    checkpoint = True if latest else str(tmp_path / "checkpoint-2")
+    other = always(epsilon=0.2, ball="tensor", scope="batch")
+    for config, warnings in ((always(epsilon=0.3), 0), (other, 1)):
+        caplog.clear()
+        trainer = trainer_for(make(seed=1), tmp_path, config, max_steps=3, **save)
+        with caplog.at_level(logging.WARNING, "amp_hf"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        messages = [r.getMessage() for r in caplog.records if r.name.startswith("amp_hf")]
+        assert len(messages) == warnings
+    assert "ball was 'global' and is 'tensor'" in messages[0]
+    assert "epsilon was 0.3 and is 0.2" in messages[0]
+    assert "scope was None and is 'batch'" in messages[0]
+    assert messages[0].count(" was ") == 4  # "than it was trained with", and the three
+
+
+def test_resuming_a_checkpoint_of_the_stock_trainer_does_not_warn(tmp_path, caplog):
+    save = dict(save_strategy="steps", save_steps=2)
+    train(make(), tmp_path, cls=Trainer, max_steps=2, **save)
+    trainer = trainer_for(make(), tmp_path, always(), max_steps=3, **save)
+    with caplog.at_level(logging.WARNING, "amp_hf"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not [r for r in caplog.records if r.name.startswith("amp_hf")]
+
+
+def test_a_checkpoint_with_a_broken_config_is_resumed_with_a_warning(tmp_path, caplog):
+    train(make(), tmp_path, always(), max_steps=2, save_strategy="steps", save_steps=2)
+    (tmp_path / "checkpoint-2" / "amp_config.json").write_text("{")
+    trainer = trainer_for(make(), tmp_path, always(), max_steps=3)
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert "amp_config.json is not a JSON object" in caplog.text
 
 
 def signalled(model, call, backward):
@@ -96,28 +167,3 @@ def test_where_the_parameters_are_sharded_a_save_in_mid_step_is_refused(tmp_path
     trainer.train()
     assert len(caught) == 1  # of two passes: the one at θ may save
     assert "set `trainer.control.should_save`" in caught[0] and "\n" not in caught[0]
-
-
-def test_what_others_log_in_mid_training_has_no_values_of_ours_and_takes_none_away(tmp_path):
-    def run(events):
-        def log(event, state, control):
-            trainer.log({"loss": 7.0})
-
-        trainer = trainer_for(
-            make(),
-            tmp_path,
-            always(),
-            trainer={"callbacks": [on(events, log)]},
-            logging_steps=4,
-            gradient_accumulation_steps=2,
-        )
-        trainer.train()
-        return trainer
-
-    plain, disturbed = run([]), run(["on_step_begin", "on_substep_end"])
-    others = [entry for entry in disturbed.state.log_history if entry.get("loss") == 7.0]
-    assert len(others) == 16
-    assert not any(key.startswith("amp/") for entry in others for key in entry)
-    for key in ("amp/loss", "amp/sharpness", "amp/delta_norm"):
-        assert logged(disturbed, key) == logged(plain, key)
-        assert len(logged(plain, key)) == 2

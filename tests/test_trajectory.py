@@ -7,7 +7,9 @@ import reference
 import torch
 import torch.nn.functional as F
 from support import (
+    BALLS,
     MLP,
+    SCOPES,
     ConvNet,
     Recorder,
     always,
@@ -35,10 +37,6 @@ from torch.func import functional_call
 from transformers import Trainer
 
 from amp_hf import AMPConfig
-
-BALLS = ["global", "tensor", "relative"]
-SCOPES = ["micro_batch", "batch"]
-
 
 # The trajectory is that of Algorithm 1
 

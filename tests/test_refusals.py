@@ -1,0 +1,148 @@
+"""What AMP would be wrong with is refused in one line that says what to do."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate import DistributedType, ParallelismConfig
+from accelerate.state import AcceleratorState
+from support import (
+    MLP,
+    always,
+    arguments,
+    digits,
+    logged,
+    make,
+    on,
+    train,
+    trainer_for,
+)
+from torch import nn
+
+from amp_hf import AMPTrainer
+from amp_hf.checks import check_engine
+from amp_hf.parameters import check_perturbable
+
+
+def sparse_model():
+    model = MLP()
+    model.embedding = nn.Embedding(4, 4, sparse=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "kwargs", "message"),
+    [
+        (
+            lambda: MLP().bfloat16(),
+            {},
+            {},
+            r"Parameter fc1\.weight is torch\.bfloat16.*load the model with dtype=torch\.float32 "
+            r"and set bf16=True",
+        ),
+        (
+            sparse_model,
+            {},
+            {},
+            r"Module embedding has sparse gradients.*build it with sparse=False, or leave it out "
+            r"by AMPConfig\.perturb",
+        ),
+        (
+            MLP,
+            dict(perturb="fc3"),
+            {},
+            r"AMPConfig\.perturb='fc3' matches no trainable parameter of MLP.*fc1\.weight.*use "
+            r"'all', 'norm' or an expression that matches",
+        ),
+        (MLP, dict(perturb="norm"), {}, r"AMPConfig\.perturb='norm' matches no trainable"),
+        (lambda: MLP().requires_grad_(False), {}, {}, r"'all' matches no trainable parameter"),
+        *(
+            (MLP, {}, dict(optim=optim), rf"cannot use optim='{optim}'.*Choose an optimizer that")
+            for optim in (
+                "lomo",
+                "adalomo",
+                "galore_adamw_layerwise",
+                "galore_adafactor_layerwise",
+                "apollo_adamw_layerwise",
+            )
+        ),
+    ],
+)
+def test_what_amp_would_be_wrong_with_is_refused_in_one_line_that_says_what_to_do(
+    tmp_path, model, config, kwargs, message
+):
+    if kwargs:
+        kwargs = kwargs | dict(optim_target_modules="fc")
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer_for(model(), tmp_path, always(**config), data=digits(), **kwargs)
+    assert "\n" not in str(caught.value)
+    trainer_for(model(), tmp_path, always(epsilon=0), data=digits(), **kwargs)  # that is stock
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (DistributedType.MEGATRON_LM, "MEGATRON_LM"),
+        (DistributedType.XLA, "XLA"),
+        (DistributedType.FSDP, "FSDP version 1"),
+    ],
+)
+def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind, name):
+    trainer = trainer_for(make(), tmp_path, always())
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+    plugin = SimpleNamespace(fsdp_version=1)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    with pytest.raises(ValueError, match=f"does not support {name}: use one process, DDP"):
+        check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+
+
+@pytest.mark.parametrize("split", ["tp_size", "cp_size"])
+def test_a_model_that_is_split_over_ranks_is_refused(tmp_path, monkeypatch, split):
+    trainer = trainer_for(make(), tmp_path, always())
+    plan = ParallelismConfig(**{split: 2})
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
+    with pytest.raises(ValueError, match="does not support a model or sequences split over"):
+        check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+
+
+def test_data_parallel_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"nn\.DataParallel: start one process a GPU"):
+        AMPTrainer(model=make(), args=args, amp_config=always(), train_dataset=digits())
+
+
+def test_a_dict_for_a_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be an AMPConfig or None, got \{'epsilon'"):
+        trainer_for(make(), tmp_path, {"epsilon": 0.1})
+
+
+def test_parameters_on_several_devices_are_refused():
+    model = make()
+    model.fc2.to("meta")
+    with pytest.raises(ValueError, match=r"several devices \(fc1.bias on cpu, fc2.bias on meta\)"):
+        check_perturbable(model, "all")
+    check_perturbable(model, "fc1")
+
+
+def test_freezing_all_that_is_perturbed_stops_with_one_line(tmp_path):
+    model = make()
+
+    def freeze(event, state, control):
+        if state.global_step == 2:
+            model.fc2.requires_grad_(False)
+
+    trainer = {"callbacks": [on(["on_step_begin"], freeze)]}
+    with pytest.raises(ValueError, match="perturb='fc2' matches no trainable parameter"):
+        train(model, tmp_path, always(perturb="fc2"), trainer=trainer)
+
+
+class UnannouncedTrainer(AMPTrainer):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+
+def test_batches_that_amp_does_not_see_are_refused(tmp_path):
+    options = dict(cls=UnannouncedTrainer, max_steps=1)
+    assert logged(train(make(), tmp_path, always(), **options), "amp/delta_norm")
+    with pytest.raises(ValueError, match=r"UnannouncedTrainer.get_batch_samples must call its"):
+        train(make(), tmp_path, always(), gradient_accumulation_steps=2, **options)
