@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "amp_hf"
-MEASURING = {"flatness", "metrics", "pictures"}
+MEASURING = {"flatness", "loss_function", "metrics", "pictures"}
 TASKS = {"images", "text"}
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
 
