@@ -1,0 +1,75 @@
+"""What the Markdown files say: their links, their code, and the first table's numbers."""
+
+import json
+import re
+import statistics
+import subprocess
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = subprocess.run(
+    ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.split()
+PAGES = [page for page in PAGES if "template" not in page]
+
+
+def anchors(text):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text()), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_python_compiles(page):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        compile(block, page, "exec")
+
+
+# A line of the first table: the file of its results, the setting there, and its rows.
+LINES = [
+    ("erm_comparison", "cifar10 test_resnet full", "AMP"),
+    ("erm_comparison", "gtsrb test_resnet full", "AMP"),
+    ("erm_comparison", "cifar10 test_resnet", "AMP"),
+    ("erm_comparison", "gtsrb test_resnet", "AMP"),
+    ("erm_comparison", "gtsrb resnet18", "AMP"),
+    ("erm_comparison", "cifar10 test_vit", "AMP"),
+    ("erm_comparison", "gtsrb test_vit", "AMP"),
+    ("frontier", "gtsrb_short", "AMP, ε 0.1"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(LINES)))
+def test_the_first_table_has_the_measured_numbers(number):
+    file, setting, every_step = LINES[number]
+    found = json.loads((ROOT / f"recipes/measurements/{file}.json").read_text())["runs"]
+    table = re.search(r"\| time \|.*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    _, *lines = table.strip().splitlines()
+    cells = [cell.strip() for cell in lines[number].strip("|").split(" | ")][1:]
+    for row, cell in zip(("ERM", "budget 1.15", every_step, "ERM, 2 × the epochs"), cells):
+        runs = [run for run in found if (run["setting"], run["row"]) == (setting, row)]
+        if not runs:
+            assert cell == "not run"
+            continue
+        assert len(runs) == 3
+        accuracies, losses = ([run[key] for run in runs] for key in ("accuracy", "nll"))
+        accuracies = [100 * accuracy for accuracy in accuracies]
+        assert cell == (
+            f"{statistics.mean(accuracies):.1f} ± {statistics.stdev(accuracies):.1f}<br>"
+            f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+        )
