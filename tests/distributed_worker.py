@@ -6,6 +6,7 @@ goes to FOLDER/<rank>.pkl.
 
 import copy
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -277,6 +278,9 @@ if __name__ == "__main__":
     shard_on_the_cpu()
     folder = Path(sys.argv[1])
     engine, runs = pickle.loads((folder / "runs.pkl").read_bytes())
+    # Every `train()` collects garbage: most of its time, if it looks through all of transformers.
+    gc.collect()
+    gc.freeze()
     results = {}
     for name, case in runs.items():
         AcceleratorState._reset_state()
