@@ -180,7 +180,7 @@ class AMPConfig:
             except (ValueError, RecursionError):
                 saved = None
         if not isinstance(saved, dict):
-            raise ValueError(f"{path} is not a JSON object.")
+            raise ValueError(f"{path} cannot be read as a JSON object.")
         if unknown := saved.keys() - {field.name for field in dataclasses.fields(cls)}:
             raise ValueError(f"{path} has fields that AMPConfig does not have: {sorted(unknown)}.")
         return cls(**saved)
@@ -233,7 +233,8 @@ class AMPConfig:
         object.__setattr__(self, name, int(value))
 
     def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
-        if getattr(self, name) not in choices:
+        value = getattr(self, name)
+        if not isinstance(value, str | None) or value not in choices:
             raise self._refuse(name, "one of " + ", ".join(map(repr, choices)))
 
     def _check_perturb(self) -> None:

@@ -21,7 +21,7 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|#&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def escape(value: Any) -> Markup:
-    """`value` on one line, in which no character has a meaning; `Markup` stays as it is."""
+    """`value` on one line, free of Markdown syntax; `Markup` stays as it is."""
     if isinstance(value, Markup):
         return value
     printable = "".join(c if c.isprintable() else " " for c in str(value))

@@ -27,7 +27,7 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Paramet
         chosen = named
     elif perturb == "norm":
         chosen = {
-            f"{prefix}.{name}": param
+            f"{prefix}.{name}".lstrip("."): param
             for prefix, module in model.named_modules(remove_duplicate=False)
             if "norm" in type(module).__name__.lower()
             for name, param in module.named_parameters(recurse=False)
@@ -149,7 +149,9 @@ class StepTensors:
         owners: dict[Any, nn.Parameter] = {}
         for param in perturbed_parameters(self.model, self._perturb).values():
             shard = self._engine.shard(param)
-            memory = shard.data_ptr(), shard.shape, shard.stride()
+            memory: tuple = shard.data_ptr(), shard.numel()
+            if torch.empty_like(shard, device="meta").stride() != shard.stride():  # with gaps
+                memory += (shard.shape, shard.stride())
             owner = owners.setdefault(memory, param) if shard.numel() else param
             if owner is param:
                 self.perturbed.append(param)
@@ -160,7 +162,12 @@ class StepTensors:
     def join_gradients(self) -> None:
         """Parameters over one memory accumulate into one gradient, as one Parameter would."""
         for param, owner in self._sharing:
-            param.grad = owner.grad
+            gradient = owner.grad
+            assert gradient is not None  # zeros, by `Engine.inner_passes`
+            if param.stride() != owner.stride():  # `a.data = b.data.t()`, and both without gaps
+                offset = gradient.storage_offset()
+                gradient = gradient.as_strided(param.shape, param.stride(), offset)
+            param.grad = gradient
 
     @torch.no_grad()
     def zeros(self, fresh: bool) -> JointTensors:

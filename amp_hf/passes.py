@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,6 @@ from .parameters import StepTensors
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng, temporarily
 
 Count = Tensor | int | None  # what the Trainer calls `num_items_in_batch`
-TrainingStep = Callable[[nn.Module, Any, Count], Tensor]
-GetBatchSamples = Callable[[Iterator, int, torch.device], tuple[list, Count]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class LossScale:
     Δ has to come from that mean, whatever the Trainer divides a micro-batch's loss by. Say that
     there are w micro-batches in the window and r ranks, and that k is r where the Trainer
     multiplies the loss by the ranks whose items it counted, else 1. A loss *shrinks* if it is a
-    micro-batch's share of the window's mean, which most are.
+    micro-batch's share of the window's mean, which most are; its share is that of its items, or 1/w
+    where none are counted.
 
     | Δ comes from              | the loss of its passes is       | gradient    | logged         |
     |---------------------------|---------------------------------|-------------|----------------|
@@ -52,18 +51,19 @@ class LossScale:
 
 
 class ParentPasses:
-    """The parent's `training_step`, and its `get_batch_samples`, which counts as its losses do."""
+    """The parent's `training_step`, and its `get_batch_samples`, which counts as its losses do.
 
-    def __init__(
-        self, trainer: Any, training_step: TrainingStep, get_batch_samples: GetBatchSamples
-    ) -> None:
+    Args:
+        parent: `super()` of the trainer's mixin.
+    """
+
+    def __init__(self, trainer: Any, parent: Any) -> None:
         self._trainer = trainer
-        self._training_step = training_step
-        self._get_batch_samples = get_batch_samples
+        self._parent = parent
 
     def __call__(self, model: nn.Module, batch: Any, num_items: Count) -> Tensor:
         """Forward and backward. Returns the loss."""
-        return self._training_step(model, batch, num_items)
+        return self._parent.training_step(model, batch, num_items)
 
     def without_side_effects(
         self, model: nn.Module, batch: Any, num_items: Count, tensors: StepTensors
@@ -78,7 +78,8 @@ class ParentPasses:
 
     def count_items(self, batches: list) -> Tensor | None:
         """`num_items_in_batch` as the parent counts it, were `batches` the whole window; >= 1."""
-        count = self._get_batch_samples(iter(batches), len(batches), self._trainer.args.device)[1]
+        device = self._trainer.args.device
+        count = self._parent.get_batch_samples(iter(batches), len(batches), device)[1]
         return None if count is None else torch.as_tensor(count).clamp(min=1)
 
     def loss_scale(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from .batches import check_divisible, first_samples
+from .checks import check_engine, check_parent
 from .config import AMPConfig
 from .engine import Engine, engine_for
 from .parameters import StepTensors, check_no_hooks
@@ -37,6 +38,7 @@ class Run:
     state: TrainerState | None = None  # the Trainer's, and so this run's identity
     engine: Engine | None = None
     tensors: StepTensors | None = None
+    checked: bool = False  # that AMP is right with the trainer, once epsilon is not 0
     loss_shrinks: bool | None = None  # see `ParentPasses.loss_shrinks`
     last_step: int | None = None  # the last perturbed one
     last_ascent: int | None = None  # the last one whose Δ was computed anew
@@ -68,7 +70,7 @@ class LogMeans:
         """Adds one micro-batch, which is `share` of a step."""
         dtype = torch.promote_types(loss.dtype, torch.float32)
         values = (loss, loss - clean_loss, delta_norm * share)
-        sums = torch.stack([value.to(dtype) for value in values])
+        sums = torch.stack([value.to(loss.device, dtype) for value in values])
         self.sums = sums if self.sums is None else self.sums + sums
         self.steps += share
 
@@ -107,12 +109,15 @@ class PerturbedStep:
         """One micro-batch: accumulates its gradient at θ + Δ; the parameters end as θ.
 
         Returns:
-            The parent's loss at θ, 0-dimensional.
+            The parent's loss at θ, 0-dimensional; at θ + Δ where an earlier Δ is reused.
         """
         state, config = self.trainer.state, self._config
         if self.run.state is not state:  # a new run, or a smaller batch size is tried
-            self._begin_run(inputs)
+            self.run, self.means = Run(state), LogMeans()
         run, step = self.run, state.global_step
+        if config.epsilon > 0 and not run.checked:
+            self._check(inputs)
+            run.checked = True
         if not config.perturbs_at(step, state.max_steps):
             return self.parent(model, inputs, num_items)
         # As the parent's pass does, but before Δ is added: an evaluation may have moved the
@@ -155,16 +160,15 @@ class PerturbedStep:
         assert self.run.tensors is not None
         return self.run.tensors
 
-    def _begin_run(self, inputs: Any) -> None:
+    def _check(self, inputs: Any) -> None:
+        """Refuses what `__init__` could not see: a config, hooks or batches that came later."""
         trainer, config = self.trainer, self._config
-        self.run = Run(trainer.state)
-        self.means = LogMeans()
-        if config.epsilon == 0:
-            return
-        # FSDP and DeepSpeed have hooks of their own by now.
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            check_no_hooks(trainer.model)  # of `create_optimizer`, say
-        if config.ascent_fraction < 1:
+        check_parent(type(trainer))
+        check_engine(config, trainer.accelerator, trainer.args, trainer.model)
+        if not trainer.is_deepspeed_enabled:  # which has hooks of its own by now
+            check_no_hooks(trainer.model)
+        # A run that resumes may begin with an epoch's last batch, which may be a single sample.
+        if config.ascent_fraction < 1 and trainer.state.global_step == 0:
             check_divisible(inputs, config.ascent_fraction)
 
     def _needs_new_delta(self) -> bool:
@@ -181,7 +185,7 @@ class PerturbedStep:
         if window.clean_losses:
             window.perturbation.resume()
         else:
-            self._displace(model, inputs, num_items)
+            self._find_delta(model, inputs, num_items)
         engine = self._engine
         with (
             self._norm_stats_kept(),
@@ -218,7 +222,7 @@ class PerturbedStep:
         else:
             perturbation.restore()
 
-    def _displace(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
+    def _find_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
         """The inner passes, on `inputs` or the whole window, and the parameters go to θ + Δ.
 
         Leaves in `clean_losses` the losses at θ of the micro-batches that Δ was computed on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
@@ -21,7 +22,7 @@ class ShowConfig(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         arguments, config = args.to_dict(), self._trainer.amp_config
         shown = arguments | {f"amp/{name}": value for name, value in config.to_dict().items()}
-        args.to_dict = lambda: dict(shown)  # type: ignore[method-assign]
+        args.to_dict = functools.partial(dict, shown)  # type: ignore[method-assign]
 
     def on_epoch_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         self.end(args)

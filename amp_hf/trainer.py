@@ -71,8 +71,7 @@ class AMPTrainerMixin(_Parent):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
         self.card_details = CardDetails()
-        parent = ParentPasses(self, super().training_step, super().get_batch_samples)
-        self._amp_step = PerturbedStep(self, parent)
+        self._amp_step = PerturbedStep(self, ParentPasses(self, super()))
         super().__init__(*args, **kwargs)
         self.callback_handler.callbacks.insert(0, ShowConfig(self))
         if self.amp_config.epsilon > 0:
@@ -113,7 +112,7 @@ class AMPTrainerMixin(_Parent):
         """One micro-batch: accumulates its gradient at θ + Δ; the parameters end as θ.
 
         Returns:
-            The parent's loss at θ, 0-dimensional.
+            The parent's loss at θ, 0-dimensional; at θ + Δ where an earlier Δ is reused.
         """
         return self._amp_step(model, inputs, num_items_in_batch)
 

@@ -4,6 +4,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from support import always, differing, digits, make, train, trainer_for, weights
 from transformers import BatchEncoding
 
 from amp_hf.batches import check_divisible, first_samples
@@ -102,3 +103,13 @@ def test_a_run_whose_batches_are_a_single_row_is_refused():
     check_divisible({"x": rows(2)}, 0.5)
     with pytest.raises(ValueError, match="takes batches of two samples or more; this one has"):
         check_divisible({"input_ids": rows(1, 4096)}, 0.5)
+
+
+def test_a_run_that_resumes_with_an_epochs_last_sample_goes_on(tmp_path):
+    options = dict(data=digits()[:9], per_device_train_batch_size=4, max_steps=5)
+    config = always(ascent_fraction=0.5)
+    save = dict(save_strategy="steps", save_steps=2)
+    whole = train(make(), tmp_path, config, **options, **save)
+    resumed = trainer_for(make(), tmp_path, config, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not differing(weights(resumed.model), weights(whole.model))

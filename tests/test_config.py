@@ -151,9 +151,9 @@ def test_a_config_that_cannot_be_written_leaves_the_file_that_was_there(tmp_path
 def test_a_file_that_is_no_json_object_is_named(tmp_path, text):
     path = tmp_path / "amp_config.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"amp_config\.json is not a JSON object"):
+    with pytest.raises(ValueError, match=r"amp_config\.json cannot be read as a JSON object"):
         AMPConfig.from_json_file(path)
-    assert AMPConfig().changes_since(path) == [f"{path} is not a JSON object"]
+    assert AMPConfig().changes_since(path) == [f"{path} cannot be read as a JSON object"]
 
 
 def test_a_field_of_a_file_that_no_config_has_is_named(tmp_path):
@@ -167,7 +167,7 @@ def test_a_field_of_a_file_that_no_config_has_is_named(tmp_path):
 def test_a_file_that_python_cannot_read_as_json_is_named(tmp_path, text):
     path = tmp_path / "amp_config.json"
     path.write_text(text)
-    assert AMPConfig().changes_since(path) == [f"{path} is not a JSON object"]
+    assert AMPConfig().changes_since(path) == [f"{path} cannot be read as a JSON object"]
 
 
 def test_a_file_with_a_value_nested_as_deep_as_python_reads_it_is_refused(tmp_path):
@@ -175,7 +175,10 @@ def test_a_file_with_a_value_nested_as_deep_as_python_reads_it_is_refused(tmp_pa
     for depth in range(1, sys.getrecursionlimit() + 20):
         path.write_text(f'{{"epsilon": {"[" * depth}{"]" * depth}}}')
         (message,) = AMPConfig().changes_since(path)
-        assert "must be a finite number >= 0" in message or "is not a JSON object" in message
+        assert (
+            "must be a finite number >= 0" in message
+            or "cannot be read as a JSON object" in message
+        )
 
 
 def test_a_command_line_sets_every_field():

@@ -209,3 +209,40 @@ def test_reuse_that_is_switched_off_in_mid_run_ends_at_once(tmp_path):
     )
     trainer.train()
     assert [passes.count(step) for step in range(6)] == [2, 1, 1, 2, 2, 1]
+
+
+class Transposed(Sharing):
+    """The second Parameter is the first one's transpose, as in a tied autoencoder."""
+
+    def tie(self):
+        self.outer.weight.data = self.inner.weight.data.t()
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_a_parameter_and_its_transpose_are_displaced_by_epsilon_together(tmp_path, inner_steps):
+    model, lengths = make(Transposed), []
+    theta = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def look(*_):
+        moved = [
+            value - theta[name] for name, value in model.state_dict().items() if "outer" not in name
+        ]
+        lengths.append(torch.stack([part.norm() for part in moved]).norm().item())
+
+    model.register_forward_pre_hook(look)
+    config = always(epsilon=0.01, inner_steps=inner_steps)
+    train(model, tmp_path, config, learning_rate=0.0, max_steps=1)
+    assert lengths == pytest.approx([0.0, *[0.01] * inner_steps], rel=1e-4)
+
+
+def test_a_perturbation_that_a_callback_switches_on_is_checked_as_at_construction(tmp_path):
+    model = make()
+    optimizers_in_hooks(model)
+
+    def switch_on(event, state, control):
+        trainer.amp_config = always()
+
+    callbacks = {"callbacks": [on(["on_step_begin"], switch_on)]}
+    trainer = trainer_for(model, tmp_path, AMPConfig(epsilon=0), trainer=callbacks)
+    with pytest.raises(ValueError, match="post_accumulate_grad_hook"):
+        trainer.train()

@@ -77,6 +77,7 @@ def test_trackers_show_the_perturbation_and_what_is_saved_does_not(tmp_path):
     class Tracker(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             seen.append(args.to_dict() | json.loads(args.to_json_string()))
+            torch.save(args, tmp_path / "args.bin")  # as a model that is saved here does
 
     config = always(epsilon=0.3, perturb="fc1")
     trainer = train(

@@ -81,7 +81,7 @@ def test_a_checkpoint_with_a_broken_config_is_resumed_with_a_warning(tmp_path, c
     trainer = trainer_for(make(), tmp_path, always(), max_steps=3)
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=True)
-    assert "amp_config.json is not a JSON object" in caplog.text
+    assert "amp_config.json cannot be read as a JSON object" in caplog.text
 
 
 def signalled(model, call, backward):
