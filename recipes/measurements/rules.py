@@ -1,24 +1,25 @@
 """Which rule should set the perturbation's radius? A screening of many, in a plain training loop.
 
-    python recipes/measurements/rules.py --data path/to --plan rules_plan.txt   # runs what is missing
-    python recipes/measurements/rules.py --table test                          # prints what there is
+    python recipes/measurements/rules.py --data path/to   # makes the runs that are missing
+    python recipes/measurements/rules.py --table held     # prints what there is
 
-A line of the plan is `split | seeds | cells | rule`: split is `held` (a fifth of the training set)
-or `test` (the official test set), cells are names below or `*`, and a rule is `erm` or `key=value`
-pairs, the fields of `Rule`. Runs are made in the plan's order and added to rules.jsonl, a line each;
-what is there is not run again. Several processes may share the plan and the file.
+A line of rules_plan.txt is `split | seeds | cells | rule`: split is `held` (a fifth of the training
+set) or `test` (the official test set), cells are names below, `*` for all twelve or `small *` for
+their stand-ins, and a rule is `erm` or `key=value` pairs, the fields of `Rule`. Runs are made in
+the plan's order and added to rules.jsonl, a line each; what is there is not run again. Several
+processes may share the plan and the file. rules.md says what was found.
 """
 
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import nn
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "amp_hf"))
-from augment import train_transform  # noqa: E402  (without the package: transformers loads slowly)
+from augment import train_transform  # not from the package: transformers loads slowly
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -51,8 +52,10 @@ class Cell:
         if self.model == "cnn":
             widths = (3, 16, 32, 64, 64)
             layers: list[nn.Module] = []
-            for narrow, wide in zip(widths, widths[1:]):
-                conv = nn.Conv2d(narrow, wide, 3, stride=1 if narrow == 64 else 2, padding=1, bias=False)
+            for narrow, wide in itertools.pairwise(widths):
+                conv = nn.Conv2d(
+                    narrow, wide, 3, stride=1 if narrow == 64 else 2, padding=1, bias=False
+                )
                 layers += [conv, nn.BatchNorm2d(wide), nn.ReLU()]
             head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)]
             return nn.Sequential(*layers, *head)
@@ -99,14 +102,13 @@ class Rule:
     """Δ = s·T²g, with ‖T⁻¹Δ‖ the radius ρ.
 
     Args:
-        geometry: T is 1 (`ball`), |θ| + c (`element`) or the root mean square of an output's
-            weights + c (`row`).
+        geometry: T is 1 (`ball`) or |θ| + c (`element`).
         control: `epsilon`: ρ = min(value, ‖Tg‖), the paper's. `first`: ρ = target/‖Tg‖. `steer`: ρ
             is multiplied by (target/rise)^gain after each ascent. `correct`: ρ = k·target/‖Tg‖, and
             k is steered.
         value: ε, or the target in nats before its gate.
-        gate: what the target is multiplied by. `share`: (1 − loss/L0)^p.
-        source: the loss in a gate is the `batch`'s or the `ema` of those before.
+        gate: what the target is multiplied by, with u = 1 − (EMA of the clean loss)/L0. `share`:
+            u^p. `repeat`: u^(p/epochs so far). `horizon`: u^(p/epochs in all).
         l0: `classes`: log C; `first`: the mean of the first steps' losses.
     """
 
@@ -117,12 +119,12 @@ class Rule:
     gain: float = 0.2
     gate: str = "none"
     p: float = 2.0
-    b: float = 0.5
-    source: str = "ema"
     l0: str = "classes"
     beta: float = 0.95
     start: float = 0.0
     every: int = 1
+    relative: float = 0.0  # if > 0, the target is multiplied by loss/(loss + relative)
+    cap: float = 0.0  # if > 0, the share of the rise that curvature may add to ρ·‖Tg‖
     least: float = 0.0  # a step whose gate is below this is plain
 
     @classmethod
@@ -159,16 +161,16 @@ def load(name: str, root: Path, cache: Path) -> dict[str, np.ndarray]:
             sys.path.insert(0, str(Path(__file__).parents[1]))
             from train_digits import digits
 
-            splits = digits().train_test_split(
-                train_size=1000, stratify_by_column="label", seed=0
-            )
+            splits = digits().train_test_split(train_size=1000, stratify_by_column="label", seed=0)
         else:
             splits = datasets.load_dataset(str(root / name))
         arrays = {}
         for split in ("train", "test"):
             rows = splits[split]
             column = "img" if "img" in rows.features else "image"
-            rows = rows.cast_column(column, datasets.Image(decode=False)) if name != "digits" else rows
+            rows = (
+                rows.cast_column(column, datasets.Image(decode=False)) if name != "digits" else rows
+            )
             pixels = []
             for item in rows[column]:
                 image = Image.open(io.BytesIO(item["bytes"])) if isinstance(item, dict) else item
@@ -221,7 +223,6 @@ class Radius:
         self.l0 = math.log(classes) if rule.l0 == "classes" else None
         self.first: list[float] = []
         self.ema: float | None = None
-        self.slow: float | None = None
         self.log_state: float | None = None  # log ρ under `steer`, log k under `correct`
 
     def see(self, loss: float) -> None:
@@ -231,33 +232,22 @@ class Radius:
         beta = self.rule.beta
         self.ema = loss if self.ema is None else beta * self.ema + (1 - beta) * loss
 
-    def gate(self, loss: float | None, epoch: float, epochs: int) -> float:
-        """Without `loss`, before the step."""
-        rule = self.rule
-        level = self.ema if rule.source == "ema" or loss is None else loss
-        if rule.gate == "none":
+    def gate(self, epoch: float, epochs: int) -> float:
+        """Known before the step."""
+        if self.rule.gate == "none":
             return 1.0
-        if level is None or self.l0 is None:
+        if self.ema is None or self.l0 is None:
             return 0.0
-        learnt = min(1.0, max(0.0, 1 - level / self.l0))
-        if rule.gate == "share":
-            return learnt**rule.p
-        if rule.gate == "half":  # a soft step: 1 where nothing is left to learn, 1/2 at b·L0
-            return 1 / (1 + (level / (rule.b * self.l0)) ** rule.p)
-        if rule.gate == "repeat":  # at first nothing has been seen twice
-            return learnt ** (rule.p / max(epoch, 1e-9))
-        if rule.gate == "horizon":
-            return learnt ** (rule.p / epochs)
-        if rule.gate == "both":
-            return learnt**rule.p * epoch / (epoch + rule.b)
-        raise ValueError(rule.gate)
+        learnt = min(1.0, max(0.0, 1 - self.ema / self.l0))
+        per = {"share": 1.0, "repeat": max(epoch, 1e-9), "horizon": epochs}[self.rule.gate]
+        return learnt ** (self.rule.p / per)
 
     def radius(self, target: float, norm: float) -> float:
         rule = self.rule
         if norm == 0 or target <= 0:
             return 0.0
         if rule.control == "epsilon":
-            return min(rule.value * target / rule.value, norm)
+            return min(target, norm)
         guess = target / norm
         if rule.control == "first":
             return guess
@@ -269,9 +259,12 @@ class Radius:
             self.log_state = 0.0
         return guess * math.exp(self.log_state)
 
-    def learn(self, target: float, rise: float) -> None:
+    def learn(self, target: float, rise: float, linear: float) -> None:
+        """`linear` is the rise of first order, ρ·‖Tg‖."""
         if self.rule.control in ("steer", "correct") and self.log_state is not None and target > 0:
             ratio = target / max(rise, target / 4) if math.isfinite(rise) else 0.25
+            if self.rule.cap > 0 and linear > 0:
+                ratio = min(ratio, self.rule.cap / max(rise / linear - 1, self.rule.cap / 4))
             self.log_state += self.rule.gain * math.log(max(ratio, 0.25))
 
 
@@ -279,19 +272,7 @@ def scaled(rule: Rule, params: list[torch.Tensor], grads: list[torch.Tensor]):
     """T²g, and ‖Tg‖."""
     if rule.geometry == "ball":
         return grads, norm_of(grads)
-    if rule.geometry == "element":
-        lengths = torch._foreach_abs(params)
-    elif rule.geometry == "row":
-        lengths = [
-            (p.flatten(1).square().mean(1).sqrt() if p.ndim > 1 else p.abs()).reshape(
-                -1, *[1] * (p.ndim - 1)
-            )
-            for p in params
-        ]
-    elif rule.geometry == "tensor":
-        lengths = [p.square().mean().sqrt() for p in params]
-    else:
-        raise ValueError(rule.geometry)
+    lengths = torch._foreach_abs(params)
     once = [g * (t + rule.c) for g, t in zip(grads, lengths)]
     norm = norm_of(once)
     return [g * (t + rule.c) for g, t in zip(once, lengths)], norm
@@ -308,7 +289,9 @@ def dot(a, b) -> float:
 # --- training -------------------------------------------------------------------------------------
 
 
-def train(cell: Cell, rule: Rule, split: str, seed: int, arrays: dict) -> dict:
+def train(  # noqa: PLR0912, PLR0915
+    cell: Cell, rule: Rule, split: str, seed: int, arrays: dict
+) -> dict:
     x, y, test_x, test_y = split_data(cell, split, seed, arrays)
     classes = int(arrays["train_y"].max()) + 1
     torch.manual_seed(seed)
@@ -369,7 +352,7 @@ def train(cell: Cell, rule: Rule, split: str, seed: int, arrays: dict) -> dict:
             progress, epoch = step / total, step / per_epoch
             on = rule.value > 0 and step >= first_perturbed
             ascends = on and (step - first_perturbed) % rule.every == 0
-            before = radius.gate(None, epoch, cell.epochs)
+            before = radius.gate(epoch, cell.epochs)
             if on and rule.gate != "none" and before < max(rule.least, 1e-6):
                 ascends, reusable = False, None
             entry = None
@@ -386,8 +369,11 @@ def train(cell: Cell, rule: Rule, split: str, seed: int, arrays: dict) -> dict:
                 clean = loss.item()
                 if ascends:
                     ascents += 1
-                    gate = radius.gate(clean, epoch, cell.epochs)
+                    gate = before
                     target = rule.value * gate
+                    if rule.relative > 0:
+                        level = radius.ema or clean
+                        target *= level / (level + rule.relative)
                     grads = [p.grad for p in params]
                     with torch.no_grad():
                         direction, norm = scaled(rule, params, grads)
@@ -413,7 +399,7 @@ def train(cell: Cell, rule: Rule, split: str, seed: int, arrays: dict) -> dict:
                         lengths = norm_of(grads) * norm_of(new)
                         entry += [dot(grads, new) / lengths if lengths else 0.0]
                         entry += [norm_of(new) / max(1e-30, norm_of(grads))]
-                    radius.learn(target, rise)
+                    radius.learn(target, rise, rho * norm)
                     reusable = delta if rule.every > 1 else None
                 elif step % 4 == 0:
                     entry = [clean, 0.0, 0.0, norm_of([p.grad for p in params]), 0.0, 0.0]
@@ -435,15 +421,12 @@ def train(cell: Cell, rule: Rule, split: str, seed: int, arrays: dict) -> dict:
             step += 1
     seconds = time.process_time() - began
     model.eval()
-    logits = []
     with torch.no_grad():
-        for part in test_x.split(256):
-            part = plain(part)
-            if not cell.vit:
-                part = part.contiguous(memory_format=torch.channels_last)
-            logits.append(model(part))
+        logits = [model(plain(part)) for part in test_x.split(256)]
         kept = torch.randperm(len(y))[:2000].split(256)
-        fitted = sum(float(F.cross_entropy(model(plain(x[i])), y[i], reduction="sum")) for i in kept)
+        fitted = sum(
+            float(F.cross_entropy(model(plain(x[i])), y[i], reduction="sum")) for i in kept
+        )
     result = scores(torch.cat(logits).double(), test_y)
     result["train_nll"] = fitted / min(2000, len(y))
     result["seconds"] = seconds
@@ -465,7 +448,7 @@ def scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     }
 
 
-TRACED = "loss rise radius norm gate delta cosine ratio momentum_cosine".split()
+TRACED = ["loss", "rise", "radius", "norm", "gate", "delta", "cosine", "ratio", "momentum_cosine"]
 
 
 def summary(trace: list[list[float]]) -> dict:
@@ -496,8 +479,8 @@ def read_results(path: Path) -> list[dict]:
 
 
 def read_plan(path: Path):
-    for line in path.read_text().splitlines():
-        line = line.split("#")[0].strip()
+    for text in path.read_text().splitlines():
+        line = text.split("#")[0].strip()
         if line:
             split, seeds, cells, rule = (part.strip() for part in line.split("|"))
             rule = ERM if rule == "erm" else Rule.parse(rule)
@@ -517,9 +500,7 @@ def fill(options) -> None:
     locks = options.cache / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     while True:
-        done = {
-            (r["split"], r["seed"], r["cell"], r["rule"]) for r in read_results(options.output)
-        }
+        done = {(r["split"], r["seed"], r["cell"], r["rule"]) for r in read_results(options.output)}
         for split, seed, name, rule in read_plan(options.plan):
             job = (split, seed, name, str(rule))
             if job in done:
@@ -545,8 +526,14 @@ def fill(options) -> None:
                 }
                 with FileLock(f"{options.output}.lock"), options.output.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(time.strftime("%H:%M:%S"), *job, f"{result['accuracy']:.4f}",
-                      f"{result['nll']:.4f}", f"{result['seconds']:.0f}s", flush=True)
+                print(
+                    time.strftime("%H:%M:%S"),
+                    *job,
+                    f"{result['accuracy']:.4f}",
+                    f"{result['nll']:.4f}",
+                    f"{result['seconds']:.0f}s",
+                    flush=True,
+                )
             finally:
                 lock.release()
             break
@@ -585,8 +572,10 @@ def table(options) -> None:
                 parts.append(f"{statistics.mean(values):{sign}.{digits}f}{spread}")
             ascents = statistics.mean(mine[s]["ascents"] for s in seeds)
             fit = statistics.mean(mine[s]["train_nll"] for s in seeds)
-            print(f"  {parts[0]:>10} {parts[1]:>14} {parts[2]:>14} n={len(seeds)} "
-                  f"asc={ascents:.2f} fit={fit:.3f}  {rule}")
+            print(
+                f"  {parts[0]:>10} {parts[1]:>14} {parts[2]:>14} n={len(seeds)} "
+                f"asc={ascents:.2f} fit={fit:.3f}  {rule}"
+            )
 
 
 def main() -> None:
