@@ -125,6 +125,7 @@ class Rule:
     every: int = 1
     relative: float = 0.0  # if > 0, the target is multiplied by loss/(loss + relative)
     cap: float = 0.0  # if > 0, the share of the rise that curvature may add to ρ·‖Tg‖
+    bend: float = 0.0  # if > 0, the same of the rise of log loss over ρ·‖Tg‖/loss
     least: float = 0.0  # a step whose gate is below this is plain
 
     @classmethod
@@ -259,12 +260,15 @@ class Radius:
             self.log_state = 0.0
         return guess * math.exp(self.log_state)
 
-    def learn(self, target: float, rise: float, linear: float) -> None:
+    def learn(self, target: float, rise: float, linear: float, loss: float) -> None:
         """`linear` is the rise of first order, ρ·‖Tg‖."""
         if self.rule.control in ("steer", "correct") and self.log_state is not None and target > 0:
             ratio = target / max(rise, target / 4) if math.isfinite(rise) else 0.25
             if self.rule.cap > 0 and linear > 0:
                 ratio = min(ratio, self.rule.cap / max(rise / linear - 1, self.rule.cap / 4))
+            if self.rule.bend > 0 and min(linear, loss, loss + rise) > 0:
+                excess = math.log1p(rise / loss) / (linear / loss) - 1
+                ratio = min(ratio, self.rule.bend / max(excess, self.rule.bend / 4))
             self.log_state += self.rule.gain * math.log(max(ratio, 0.25))
 
 
@@ -399,7 +403,7 @@ def train(  # noqa: PLR0912, PLR0915
                         lengths = norm_of(grads) * norm_of(new)
                         entry += [dot(grads, new) / lengths if lengths else 0.0]
                         entry += [norm_of(new) / max(1e-30, norm_of(grads))]
-                    radius.learn(target, rise, rho * norm)
+                    radius.learn(target, rise, rho * norm, clean)
                     reusable = delta if rule.every > 1 else None
                 elif step % 4 == 0:
                     entry = [clean, 0.0, 0.0, norm_of([p.grad for p in params]), 0.0, 0.0]
