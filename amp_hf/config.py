@@ -16,6 +16,8 @@ Ball = Literal["global", "tensor", "relative"]
 Scope = Literal["micro_batch", "batch"]
 NormStats = Literal["clean", "both"]
 
+AMP_CONFIG_NAME = "amp_config.json"  # beside every model that is saved
+
 
 @dataclass(frozen=True)
 class AMPConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.modelcard import (
 )
 from transformers.training_args import OptimizerNames
 
-from .config import AMPConfig
+from .config import AMP_CONFIG_NAME, AMPConfig
 
 logger = logging.getLogger(__name__)
 
@@ -172,4 +173,14 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
             f"Training ended at step {state.global_step} of {state.max_steps}, before the first "
             f"perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it may end "
             "early, use a smaller one."
+        )
+
+
+def warn_of_changes(config: AMPConfig, checkpoint: str) -> None:
+    """Warns where `checkpoint` was trained with another config."""
+    path = os.path.join(checkpoint, AMP_CONFIG_NAME)
+    if os.path.isfile(path) and (changes := config.changes_since(path)):
+        logger.warning(
+            f"Resuming {checkpoint} with a different AMPConfig than it was trained with: "
+            f"{'; '.join(changes)}."
         )

@@ -7,7 +7,6 @@ The Trainer calls `get_batch_samples` once for each optimizer step, with all its
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +19,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .card import CardDetails, write
 from .checks import check_engine, check_parent
-from .config import AMPConfig
+from .config import AMP_CONFIG_NAME, AMPConfig
 from .parameters import check_no_hooks, check_perturbable
 from .passes import ParentPasses
-from .record import TrainingRecord, warn_if_never_perturbed
+from .record import TrainingRecord, warn_if_never_perturbed, warn_of_changes
 from .step import PerturbedStep
 from .trackers import ShowConfig
 
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
     _Parent = Trainer
 else:
     _Parent = object
-
-logger = logging.getLogger(__name__)
-
-AMP_CONFIG_NAME = "amp_config.json"
 
 
 class AMPTrainerMixin(_Parent):
@@ -87,7 +82,7 @@ class AMPTrainerMixin(_Parent):
             folder = resume_from_checkpoint
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir) or ""
-            _warn_of_changes(self.amp_config, folder)
+            warn_of_changes(self.amp_config, folder)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -190,13 +185,3 @@ class AMPTrainerMixin(_Parent):
 
 class AMPTrainer(AMPTrainerMixin, Trainer):
     """`transformers.Trainer` with Adversarial Model Perturbation: see `AMPTrainerMixin`."""
-
-
-def _warn_of_changes(config: AMPConfig, checkpoint: str) -> None:
-    """Warns where `checkpoint` was trained with another config."""
-    path = os.path.join(checkpoint, AMP_CONFIG_NAME)
-    if os.path.isfile(path) and (changes := config.changes_since(path)):
-        logger.warning(
-            f"Resuming {checkpoint} with a different AMPConfig than it was trained with: "
-            f"{'; '.join(changes)}."
-        )
