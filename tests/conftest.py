@@ -22,16 +22,29 @@ def pytest_cmdline_main(config):
     is_worker = hasattr(config, "workerinput")  # which must not start further ones
     if whole and not looks and not is_worker and getattr(options, "numprocesses", 0) is None:
         options.numprocesses = 2
-        options.dist = "loadgroup"
+        options.dist = "loadscope"  # whose scopes are those below
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file on one process; test_distributed.py by engines, whose one start has all their cases."""
+    from test_distributed import ENGINES
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            words = test.rstrip("]").partition("[")[2].split("-")
+            engine = next((word for word in words if word in ENGINES), "")
+            return f"{file} {engine}" if file.endswith("test_distributed.py") else file
+
+    return ByEngine(config, log)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "outcomes" in getattr(item, "fixturenames", ()):  # one start of an engine has them all
-            item.add_marker(pytest.mark.xdist_group(item.callspec.params["engine"]))
 
 
 def pytest_collection_finish(session):
