@@ -27,7 +27,7 @@ def pytest_cmdline_main(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file on one process; test_distributed.py by engines, whose one start has all their cases."""
+    """A file on one process, and of test_distributed.py an engine: one start has all its cases."""
     from test_distributed import ENGINES
     from xdist.scheduler import LoadScopeScheduling
 
