@@ -1,5 +1,6 @@
-"""What the Markdown files say: their links, their code, and the first table's numbers."""
+"""What the Markdown files say: links, code, settings, and the first table's numbers."""
 
+import dataclasses
 import json
 import re
 import statistics
@@ -8,6 +9,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+
+from amp_hf import AMPConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = subprocess.run(
@@ -39,6 +42,14 @@ def test_every_link_leads_somewhere(page):
 def test_every_block_of_python_compiles(page):
     for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         compile(block, page, "exec")
+
+
+def test_the_table_of_settings_has_every_field_and_its_default():
+    text = (ROOT / "amp_hf/README.md").read_text()
+    table = text.partition("## Settings")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", table, re.MULTILINE)
+    fields = dataclasses.fields(AMPConfig)
+    assert rows == [(field.name, repr(field.default).replace("'", '"')) for field in fields]
 
 
 # A line of the first table: the file of its results, the setting there, and its rows.
