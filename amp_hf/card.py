@@ -150,7 +150,7 @@ def _shown(metrics: dict[str, float]) -> dict[str, float]:
 
 def _results(record: TrainingRecord, details: CardDetails) -> dict[str, Any] | None:
     """Head and rows of the table of results, which has a column for the model and one for ERM."""
-    own = "AMP" if record.amp_config.epsilon > 0 else "ERM"
+    own = "AMP" if record.amp_config.epsilon != 0 else "ERM"
     columns = {own: _cells(record.results, details.flatness.get(own))}
     if own == "AMP" and (details.baseline or "ERM" in details.flatness):
         columns["ERM"] = _cells(details.baseline or {}, details.flatness.get("ERM"))

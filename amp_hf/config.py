@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Ball = Literal["global", "tensor", "relative"]
+Ball = Literal["global", "tensor"]
 Scope = Literal["micro_batch", "batch"]
 NormStats = Literal["clean", "both"]
 
@@ -28,24 +28,26 @@ class AMPConfig:
     equal to itself.
     """
 
-    # The defaults of epsilon and ascent_start come from runs of a small ResNet from scratch, n = 5
-    # seeds (recipes/measurements/README.md has commands and spreads). Differences to ERM at
-    # ε = 0.1, in points of test accuracy and in NLL:
-    #   ascent_start                                    0             0.7            0.85
-    #   CIFAR-10, 2,000 images, 60 epochs (overfits)    +0.67 −.287   +0.36 −.158    +0.03 −.040
-    #   GTSRB, 10,000 images, 5 epochs (short)          −13.3 +.401   −0.53 +.017    −0.08 +.004
-    #   CIFAR-10, 10,000 images, 5 epochs (short)                     −0.23 +.009     0.00 +.001
-    # The longer the perturbed part, the more a schedule that overfits gains and a short one loses.
-    # Another ε moves along the same line (one seed of 0.05 from 0.7 and of 0.2 from 0.85 gained
-    # −.09 and −.08 in NLL on the first and lost .4 and .3 points on the second). From 0.85 on, the
-    # short ones are level.
-    epsilon: float = field(
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer. By "
+            "default it sets itself, so that the loss rises by `rise`."
+        },
+    )
+    rise: float = field(
         default=0.1,
-        metadata={"help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer."},
+        metadata={
+            "help": "Where epsilon sets itself: how far the perturbation raises the loss, > 0, in "
+            "nats, once everything has been learnt; before, it is less."
+        },
     )
     inner_lr: float = field(
         default=1.0,
-        metadata={"help": "Ascent step, > 0, in parameter units per unit of gradient."},
+        metadata={
+            "help": "Ascent step, > 0, in parameter units per unit of gradient. Where epsilon sets "
+            "itself, every ascent ends on the sphere instead."
+        },
     )
     inner_steps: int = field(
         default=1, metadata={"help": "Ascents per step, >= 1; each costs one forward and backward."}
@@ -54,7 +56,7 @@ class AMPConfig:
         default="global",
         metadata={
             "help": "global: one ball over all parameters; tensor: a ball for each tensor, all of "
-            "the same radius; relative: a ball for each tensor, epsilon times the tensor's norm."
+            "the same radius."
         },
     )
     scope: Scope | None = field(
@@ -65,7 +67,7 @@ class AMPConfig:
         },
     )
     ascent_start: float = field(
-        default=0.85,
+        default=0.0,
         metadata={"help": "Fraction of the training steps, in [0, 1), before the first ascent."},
     )
     ascent_every: int = field(
@@ -94,17 +96,11 @@ class AMPConfig:
             "steps cost no more than plain ones."
         },
     )
-    ascent_below: float | None = field(
-        default=None,
-        metadata={
-            "help": "Perturb only what has been learnt: the radius grows from 0 where the loss is "
-            "at this value, > 0, to epsilon where it is 0. By default, and at inf, it is epsilon "
-            "at any loss."
-        },
-    )
 
     def __post_init__(self) -> None:
-        self._check_real("epsilon", "a finite number >= 0", lambda x: x >= 0)
+        if self.epsilon is not None:
+            self._check_real("epsilon", "None or a finite number >= 0", lambda x: x >= 0)
+        self._check_real("rise", "a finite number > 0", lambda x: x > 0)
         self._check_real("inner_lr", "a finite number > 0", lambda x: x > 0)
         self._check_real("ascent_start", "a number in [0, 1)", lambda x: 0 <= x < 1)
         self._check_real("ascent_fraction", "a number in (0, 1]", lambda x: 0 < x <= 1)
@@ -115,10 +111,6 @@ class AMPConfig:
         self._check_choice("norm_stats", get_args(NormStats))
         if not isinstance(self.ascent_reuse, bool):
             raise self._refuse("ascent_reuse", "True or False")
-        if self.ascent_below == math.inf:  # as a command line can say it
-            object.__setattr__(self, "ascent_below", None)
-        if self.ascent_below is not None:
-            self._check_real("ascent_below", "None or a number > 0", lambda x: x > 0)
         self._check_perturb()
 
     @classmethod
@@ -130,11 +122,7 @@ class AMPConfig:
         allows when all of the budget is spent. It is shorter below 1.1, because a Δ that is reused
         for many more than six steps does harm. No more than 1.3 is spent: more gained nothing. A Δ
         that is some steps old raises the loss less than a new one, so its radius is larger than
-        that of AMP at every step: 0.7, chosen on validation splits, for networks from scratch.
-
-        The perturbation waits until the model has learnt its data: `ascent_below` is 0.5, in nats
-        for cross entropy. On a schedule too short for that, only the time differs from the stock
-        Trainer's. Label smoothing keeps the loss up: raise `ascent_below` by as much.
+        that of AMP at every step: the rise is twice the default, too.
         recipes/measurements/README.md has the measurements, and says where this loses.
 
         Args:
@@ -154,13 +142,7 @@ class AMPConfig:
         # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
         every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)), 6)
         start = max(0.0, round(1 - every * spare, 6))
-        return cls(
-            epsilon=0.7,
-            ascent_start=start,
-            ascent_every=every,
-            ascent_reuse=True,
-            ascent_below=0.5,
-        )
+        return cls(rise=0.2, ascent_start=start, ascent_every=every, ascent_reuse=True)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -207,13 +189,13 @@ class AMPConfig:
         checkpoint has one, too, from which the next is counted.
         """
         since = self._steps_since_start(step, max_steps)
-        return self.epsilon > 0 and since >= 0 and since % self.ascent_every == 0
+        return self.epsilon != 0 and since >= 0 and since % self.ascent_every == 0
 
     def perturbs_at(self, step: int, max_steps: int) -> bool:
         """Whether optimizer step `step` is perturbed, if only by an earlier step's Δ."""
         if not self.ascent_reuse:
             return self.ascends_at(step, max_steps)
-        return self.epsilon > 0 and self._steps_since_start(step, max_steps) >= 0
+        return self.epsilon != 0 and self._steps_since_start(step, max_steps) >= 0
 
     def _steps_since_start(self, step: int, max_steps: int) -> int:
         # Rounded first: 0.29 * 100 is 28.999999999999996.

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .blocks import JointTensors
-from .config import AMPConfig, Scope
+from .config import AMPConfig, Ball, Scope
 from .perturbation import Norms, Perturbation, local_norms
 from .preserve import temporarily
 
@@ -88,13 +88,13 @@ class Engine:
                 shard.copy_(self.shard(param.grad))
 
     def perturbation(
-        self, params: list[nn.Parameter], model: nn.Module, config: AMPConfig
+        self, params: list[nn.Parameter], model: nn.Module, epsilon: float, ball: Ball
     ) -> Perturbation:
         """Δ = 0 for `params`."""
         with torch.no_grad():
             shards = [self.shard(param) for param in params]
         norms, moved = self._norms(params), functools.partial(self._moved, model)
-        return Perturbation(shards, config.epsilon, config.ball, norms, moved)
+        return Perturbation(shards, epsilon, ball, norms, moved)
 
     def outer_pass(self, model: Any) -> contextlib.AbstractContextManager[None]:
         """Around the Trainer's own pass, at θ + Δ."""
@@ -113,11 +113,6 @@ class Engine:
             RuntimeError: not here, in the middle of a step.
         """
         return perturbation.at_theta()
-
-    def joint_mean(self, loss: Tensor) -> Tensor:
-        """Over what Δ is computed on: all ranks under `scope="batch"`, else this one."""
-        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return self.accelerator.reduce(loss, "mean") if self.scope == "batch" else loss
 
     def _whole_gradient(self, param: Tensor, shard: Tensor) -> Tensor:
         """A gradient for `param` of which `shard` is what this rank keeps."""

@@ -86,17 +86,25 @@ class ParentPasses:
         self, scope: Scope, window: int, batches: list, num_items: Count, shrinks: bool
     ) -> LossScale:
         """Of the passes on `batches`, for a Δ of `scope`; the cases are those of `LossScale`."""
-        ranks = self._trainer.accelerator.num_processes
-        if window * ranks == 1:
+        if window * self._trainer.accelerator.num_processes == 1:
             return LossScale(num_items)
-        averages = self._trainer.args.average_tokens_across_devices
-        factor = ranks if num_items is not None and averages else 1
         if scope == "batch":
-            return LossScale(num_items, gradient=1.0 if shrinks else 1 / (window * factor))
+            return LossScale(num_items, gradient=self.mean_factor(window, num_items, shrinks))
         with self.as_a_step_of_its_own():
             own_items: Any = self.count_items(batches)
         inverse_share: Any = window if own_items is None else num_items / own_items
+        factor = self._rank_factor(num_items)
         return LossScale(own_items, logged=(inverse_share if shrinks else 1) / factor)
+
+    def mean_factor(self, window: int, num_items: Count, shrinks: bool) -> float:
+        """What a window's losses, as logged, are multiplied by to add up to their mean."""
+        return 1.0 if shrinks else 1 / (window * self._rank_factor(num_items))
+
+    def _rank_factor(self, num_items: Count) -> int:
+        """What the Trainer multiplies a loss by: k of `LossScale`."""
+        averages = self._trainer.args.average_tokens_across_devices
+        counted = num_items is not None and averages
+        return self._trainer.accelerator.num_processes if counted else 1
 
     def loss_shrinks(
         self,

@@ -31,8 +31,7 @@ def local_norms(tensors: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def shrinkage(
     delta: JointTensors,
-    params: Sequence[Tensor],
-    epsilon: float | Tensor,
+    epsilon: float,
     ball: Ball,
     rate: float | Tensor = 1.0,
     norms_of: Norms = local_norms,
@@ -45,11 +44,10 @@ def shrinkage(
 
     Args:
         delta: Δ, one tensor for each parameter, of the parameter's shape.
-        params: θ, from which the radii of `ball="relative"` come.
-        epsilon: radius ε in parameter units; for `"relative"` a fraction of each tensor's norm.
-        ball: `"global"` (the paper), `"tensor"` (the authors' released code) or `"relative"`.
+        epsilon: radius ε in parameter units.
+        ball: `"global"` (the paper) or `"tensor"` (the authors' released code).
         rate: a float or a 0-dimensional tensor, > 0.
-        norms_of: the norms of whole tensors, for `delta` and `params` that are shards of them.
+        norms_of: the norms of whole tensors, where `delta` holds shards of them.
 
     Returns:
         The factor, or one for each tensor unless the ball is global, and ‖Δ‖₂ after the projection
@@ -58,8 +56,7 @@ def shrinkage(
     norms = rate * norms_of(delta.tensors)
     if ball == "global":
         norms = torch.linalg.vector_norm(norms)
-    radii = epsilon * (norms_of(list(params)) if ball == "relative" else 1.0)
-    shrink = torch.where(norms > radii, radii / norms, 1.0)
+    shrink = torch.where(norms > epsilon, epsilon / norms, 1.0)
 
     finite = norms.isfinite().all()
     if not (finite.is_cpu and finite):  # elsewhere, looking at it would wait for the device
@@ -94,7 +91,7 @@ class Perturbation:
     ) -> None:
         self.params = params
         self._groups = groups_of(params)
-        self.epsilon: float | Tensor = epsilon
+        self.epsilon = epsilon
         self.ball = ball
         self._norms = norms
         self._moved = moved
@@ -109,9 +106,10 @@ class Perturbation:
         return bool(self._originals)
 
     @torch.no_grad()
-    def scale_radius(self, factor: Tensor) -> None:
-        """ε ← factor · ε, for the ascents to come; a 0-dimensional tensor."""
-        self.epsilon = self.epsilon * factor.to(self.params[0].device)
+    def slope(self, gradient: JointTensors) -> Tensor:
+        """How far the longest Δ in a ball of radius 1 raises the loss, were it linear."""
+        norms = self._norms(gradient.tensors)
+        return torch.linalg.vector_norm(norms) if self.ball == "global" else norms.sum()
 
     @torch.no_grad()
     def ascend(self, gradient: JointTensors, rate: float | Tensor) -> Tensor:
@@ -129,7 +127,7 @@ class Perturbation:
         if self._originals:
             self._add_delta(gradient, rate)
             rate = 1.0
-        factor, norm = shrinkage(gradient, self.params, self.epsilon, self.ball, rate, self._norms)
+        factor, norm = shrinkage(gradient, self.epsilon, self.ball, rate, self._norms)
         for group in self._groups:
             delta = group.of(gradient)
             torch._foreach_mul_(

@@ -17,6 +17,7 @@ from transformers.modelcard import (
 from transformers.training_args import OptimizerNames
 
 from .config import AMP_CONFIG_NAME, AMPConfig
+from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,7 @@ class TrainingRecord:
         has_code: whether loading the model runs code that lies beside its weights.
         arguments: the `TrainingArguments` that shape the result, by name.
         steps: optimizer steps taken.
-        ascent_steps: those that computed a perturbation, as `amp_config` plans them. With
-            `ascent_reuse`, the step after each checkpoint computed one more.
+        ascent_steps: those that computed a perturbation.
         perturbed_steps: those that computed a perturbation or reused one.
         best_step: the step whose model was loaded at the end; `None` if it is the last step's.
         is_perturbed: whether any step that led to this model was perturbed, by a Δ other than 0.
@@ -77,8 +77,8 @@ class TrainingRecord:
         # With a base model, the summary would ask the Hub for its license.
         tasks = TrainingSummary.from_trainer(trainer, finetuned_from="", tasks=tasks).tasks
         best = best_step(trainer)
-        perturbs = [config.perturbs_at(step, state.max_steps) for step in range(state.global_step)]
-        norms = delta_norms(state)
+        progress, norms = Progress.of(state), delta_norms(state)
+        first = progress.first
         return cls(
             name=name,
             task=next(iter(tasks), None) if isinstance(tasks, list) else tasks,
@@ -88,12 +88,12 @@ class TrainingRecord:
             amp_config=config,
             arguments=_arguments(trainer),
             steps=state.global_step,
-            ascent_steps=sum(
-                config.ascends_at(step, state.max_steps) for step in range(state.global_step)
-            ),
-            perturbed_steps=sum(perturbs),
+            ascent_steps=progress.ascent_steps,
+            perturbed_steps=progress.perturbed_steps,
             best_step=best,
-            is_perturbed=any(perturbs[:best]) and (any(norms) or not norms),
+            is_perturbed=first is not None
+            and (best is None or first < best)
+            and (any(norms) or not norms),
             delta_norm=sum(norms) / len(norms) if norms else None,
             seconds=_seconds(trainer),
             results=results_of(trainer),
@@ -160,19 +160,20 @@ _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
     """Says so where a training that should have been perturbed was not."""
-    norms = delta_norms(state)
-    if norms and not any(norms) and config.ascent_below is not None:
-        logger.warning(
-            f"No loss was below AMPConfig.ascent_below={config.ascent_below:g}, so that nothing "
-            "was perturbed: the ascents cost time and changed nothing. Train longer, raise "
-            "ascent_below (inf: at any loss), or leave AMP out by epsilon=0."
-        )
+    if config.epsilon == 0 or Progress.of(state).first is not None:
+        return
     steps = range(state.global_step)
-    if config.epsilon > 0 and not any(config.perturbs_at(s, state.max_steps) for s in steps):
+    if not any(config.perturbs_at(step, state.max_steps) for step in steps):
         logger.warning(
             f"Training ended at step {state.global_step} of {state.max_steps}, before the first "
             f"perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it may end "
             "early, use a smaller one."
+        )
+    else:
+        logger.warning(
+            "No step was perturbed, so this is what the stock Trainer trains: the training was too "
+            "short to learn its data by heart, and AMPConfig leaves such a one alone. "
+            "AMPConfig(epsilon=…) perturbs it all the same."
         )
 
 

@@ -14,71 +14,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState
 
 from .batches import check_divisible, first_samples
 from .checks import check_engine, check_parent
 from .config import AMPConfig
 from .engine import Engine, engine_for
+from .feedback import Feedback
 from .parameters import StepTensors, check_no_hooks
 from .passes import Count, ParentPasses
-from .perturbation import Perturbation
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
+from .progress import keep
+from .run import LogMeans, Run, Window
 
-
-@dataclass
-class Run:
-    """What is found out once a training run, and what one step leaves for the next."""
-
-    state: TrainerState | None = None  # the Trainer's, and so this run's identity
-    engine: Engine | None = None
-    tensors: StepTensors | None = None
-    checked: bool = False  # that AMP is right with the trainer, once epsilon is not 0
-    loss_shrinks: bool | None = None  # see `ParentPasses.loss_shrinks`
-    last_step: int | None = None  # the last perturbed one
-    last_ascent: int | None = None  # the last one whose Δ was computed anew
-    reusable: Perturbation | None = None  # its Δ, where steps to come may be displaced by it
-
-
-@dataclass
-class Window:
-    """The micro-batches of one optimizer step, and the Δ that they see."""
-
-    batches: list = field(default_factory=list)
-    perturbation: Perturbation = field(default_factory=lambda: Perturbation([], 0.0, "global"))
-    delta_norm: Tensor | None = None
-    # At θ, of the micro-batches that Δ was computed on and whose outer pass is to come.
-    clean_losses: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class LogMeans:
-    """Of the loss at θ + Δ, its rise over the one at θ, and ‖Δ‖₂, since they were last taken.
-
-    They are over the steps with an ascent.
-    """
-
-    steps: float = 0.0
-    sums: Tensor | None = None
-
-    def add(self, loss: Tensor, clean_loss: Tensor, delta_norm: Tensor, share: float) -> None:
-        """Adds one micro-batch, which is `share` of a step."""
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        values = (loss, loss - clean_loss, delta_norm * share)
-        sums = torch.stack([value.to(loss.device, dtype) for value in values])
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.steps += share
-
-    def take(self) -> Tensor | None:
-        """The three means, if there was a step, and starts anew."""
-        means = None if self.sums is None else self.sums / self.steps
-        self.steps, self.sums = 0.0, None
-        return means
+# A ζ that takes any Δ onto the sphere, from which it comes back into float32's range.
+_ONTO_THE_SPHERE = 1e9
 
 
 class PerturbedStep:
@@ -103,7 +56,18 @@ class PerturbedStep:
     def end_run(self) -> None:
         self.window.perturbation.restore()  # where an interrupt hit the one in `__call__`
         self.window = Window()
-        self.run = Run(self.run.state)  # and the memory that it keeps
+        state = self.run.state
+        if state is not None and self.run.checked:
+            keep(state, progress=vars(self.run.progress))
+        self.run = Run(state)  # without the memory that it keeps
+
+    def before_checkpoint(self) -> None:
+        """All that a resumed run needs goes into the Trainer's state, on all ranks together."""
+        # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
+        self.run.reusable = None
+        state = self.run.state
+        if state is not None and state is self.trainer.state and self.run.checked:
+            keep(state, progress=vars(self.run.progress), feedback=self._feedback.state())
 
     def __call__(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
         """One micro-batch: accumulates its gradient at θ + Δ; the parameters end as θ.
@@ -113,13 +77,19 @@ class PerturbedStep:
         """
         state, config = self.trainer.state, self._config
         if self.run.state is not state:  # a new run, or a smaller batch size is tried
-            self.run, self.means = Run(state), LogMeans()
+            self.run, self.means = Run.of(state, self.trainer.accelerator), LogMeans()
         run, step = self.run, state.global_step
-        if config.epsilon > 0 and not run.checked:
+        if config.epsilon != 0 and not run.checked:
             self._check(inputs)
             run.checked = True
-        if not config.perturbs_at(step, state.max_steps):
-            return self.parent(model, inputs, num_items)
+        if step != run.last_begun:
+            run.last_begun = step
+            if config.epsilon is None:
+                progress = step / state.max_steps
+                run.target = self._feedback.next_step(config.rise, run.epochs, progress)
+        is_plain = config.epsilon is None and run.target == 0
+        if is_plain or not config.perturbs_at(step, state.max_steps):
+            return self._without_delta(model, inputs, num_items)
         # As the parent's pass does, but before Δ is added: an evaluation may have moved the
         # parameters of a schedule-free optimizer, and what this brings them back to is θ.
         train = getattr(self.trainer.optimizer, "train", None)
@@ -130,6 +100,7 @@ class PerturbedStep:
             self.window.clean_losses = []
             if self._needs_new_delta():
                 run.last_ascent = step
+            run.progress.count(step, ascends=run.last_ascent == step)
         try:
             if run.last_ascent == step:
                 return self._with_new_delta(model, inputs, num_items)
@@ -149,6 +120,11 @@ class PerturbedStep:
     @property
     def _config(self) -> AMPConfig:
         return self.trainer.amp_config  # callbacks may replace it
+
+    @property
+    def _feedback(self) -> Feedback:
+        assert self.run.feedback is not None  # from the first step on
+        return self.run.feedback
 
     @property
     def _engine(self) -> Engine:
@@ -179,6 +155,17 @@ class PerturbedStep:
         since = self.trainer.state.global_step - run.last_ascent
         return self._tensors.update() or since >= config.ascent_every
 
+    def _without_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
+        """The parent's step. Returns its loss."""
+        if self._config.epsilon is not None:
+            return self.parent(model, inputs, num_items)
+        if self._is_joined() and self.run.loss_shrinks is None:
+            self._prepare(model, inputs, num_items)
+            self._find_whether_loss_shrinks(model, inputs, num_items)
+        loss = self.parent(model, inputs, num_items)
+        self._feed(num_items, loss, loss, torch.zeros_like(loss))
+        return loss
+
     def _with_new_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
         """Two passes or more, unless Δ is that of the whole window. Returns the loss at θ."""
         window = self.window
@@ -199,7 +186,10 @@ class PerturbedStep:
         else:
             self._put_aside()
         assert window.delta_norm is not None
-        self.means.add(loss, clean_loss, window.delta_norm, 1 / max(1, len(window.batches)))
+        share = 1 / max(1, len(window.batches))
+        self.means.add(loss, clean_loss, window.delta_norm, share)
+        if self._config.epsilon is None:
+            self._feed(num_items, clean_loss, loss, share * window.delta_norm)
         return clean_loss
 
     def _with_last_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
@@ -230,22 +220,39 @@ class PerturbedStep:
         self._prepare(model, inputs, num_items)
         config, parent, engine, window = self._config, self.parent, self._engine, self.window
         size = max(1, len(window.batches))
-        joined = size * self.trainer.accelerator.num_processes > 1
         batches = window.batches if engine.scope == "batch" and window.batches else [inputs]
-        if joined and self.run.loss_shrinks is None:
-            self.run.loss_shrinks = parent.loss_shrinks(
-                model, inputs, num_items, engine, self._tensors, self._is_last()
-            )
-        shrinks = self.run.loss_shrinks is not False
-        scale = parent.loss_scale(engine.scope, size, batches, num_items, shrinks)
+        if self._is_joined() and self.run.loss_shrinks is None:
+            self._find_whether_loss_shrinks(model, inputs, num_items)
+        scale = parent.loss_scale(engine.scope, size, batches, num_items, self._loss_shrinks)
         num_items = scale.num_items
-        on_its_own = joined and engine.scope == "micro_batch"
+        on_its_own = self._is_joined() and engine.scope == "micro_batch"
         with parent.as_a_step_of_its_own() if on_its_own else contextlib.nullcontext():
             if config.ascent_fraction < 1:
                 batches = [first_samples(batch, config.ascent_fraction) for batch in batches]
                 num_items = parent.count_items(batches)
             losses = self._inner_passes(model, batches, num_items, scale.gradient)
         window.clean_losses = [loss / scale.logged for loss in losses]
+
+    def _is_joined(self) -> bool:
+        """Whether a micro-batch is only a part of the step's batch."""
+        return max(1, len(self.window.batches)) * self.trainer.accelerator.num_processes > 1
+
+    @property
+    def _loss_shrinks(self) -> bool:
+        return self.run.loss_shrinks is not False
+
+    def _find_whether_loss_shrinks(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
+        self.run.loss_shrinks = self.parent.loss_shrinks(
+            model, inputs, num_items, self._engine, self._tensors, self._is_last()
+        )
+
+    def _feed(
+        self, num_items: Count, loss: Tensor, perturbed_loss: Tensor, delta_norm: Tensor
+    ) -> None:
+        """Tells the rule of a micro-batch: its losses, as logged, and its share of ‖Δ‖₂."""
+        size = max(1, len(self.window.batches))
+        factor = self.parent.mean_factor(size, num_items, self._loss_shrinks)
+        self._feedback.add(factor * loss.detach(), factor * perturbed_loss.detach(), delta_norm)
 
     def _prepare(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
         """What the first ascent of a run sets up, and what callbacks have changed since."""
@@ -273,9 +280,12 @@ class PerturbedStep:
         Their sum times `gradient_scale` is the mean loss of all of them.
         """
         engine, tensors, config = self._engine, self._tensors, self._config
-        rate = config.inner_lr * gradient_scale / engine.loss_scale()
+        epsilon, inner_lr = config.epsilon, config.inner_lr
+        if epsilon is None:
+            epsilon, inner_lr = self._feedback.radius.epsilon or 0.0, _ONTO_THE_SPHERE
+        loss_scale = gradient_scale / engine.loss_scale()
         window = self.window
-        window.perturbation = engine.perturbation(tensors.perturbed, model, config)
+        window.perturbation = engine.perturbation(tensors.perturbed, model, epsilon, config.ball)
         self.run.reusable = None  # its Δ is where the gradient comes to
         clean_losses: list[Tensor] = []
         for inner_step in range(config.inner_steps):
@@ -293,12 +303,16 @@ class PerturbedStep:
                     loss = self.parent(model, copy.copy(batch), num_items)
                     if inner_step == 0:
                         clean_losses.append(loss)
-            if inner_step == 0 and config.ascent_below is not None:
-                loss = engine.joint_mean(gradient_scale * torch.stack(clean_losses).sum())
-                learnt = (1 - loss / config.ascent_below).nan_to_num(0.0).clamp(0, 1)
-                window.perturbation.scale_radius(learnt)
-            window.delta_norm = window.perturbation.ascend(gradient, rate)
+            if config.epsilon is None and self._feedback.radius.epsilon is None:
+                self._begin_radius(loss_scale * window.perturbation.slope(gradient))
+            window.delta_norm = window.perturbation.ascend(gradient, inner_lr * loss_scale)
         return clean_losses
+
+    def _begin_radius(self, slope: Tensor) -> None:
+        """The first ascent of a run waits for the device, once: nothing is known before."""
+        radius = self._feedback.radius
+        radius.begin(self.run.target, self.trainer.accelerator.reduce(slope, "mean").item())
+        self.window.perturbation.epsilon = radius.epsilon or 0.0
 
     def _is_last(self) -> bool:
         """Whether the window ends with the micro-batch that Δ is computed on."""

@@ -69,7 +69,7 @@ class AMPTrainerMixin(_Parent):
         self._amp_step = PerturbedStep(self, ParentPasses(self, super()))
         super().__init__(*args, **kwargs)
         self.callback_handler.callbacks.insert(0, ShowConfig(self))
-        if self.amp_config.epsilon > 0:
+        if self.amp_config.epsilon != 0:
             check_parent(type(self))
             check_engine(self.amp_config, self.accelerator, self.args, self.model)
             check_perturbable(self.model, self.amp_config.perturb)
@@ -135,8 +135,7 @@ class AMPTrainerMixin(_Parent):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
-        self._amp_step.run.reusable = None
+        self._amp_step.before_checkpoint()
         super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

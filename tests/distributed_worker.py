@@ -28,6 +28,7 @@ from support import (
     always,
     digits,
     language_model,
+    learnt,
     logs,
     make,
     on,
@@ -195,6 +196,7 @@ def trainer_of(
     stream=False,
     loss_scale=None,
     eval_dataset=False,
+    begins=None,
     **kwargs,
 ):
     network, layer = NETS[net]
@@ -216,6 +218,7 @@ def trainer_of(
         trainer={
             "data_collator": padded if tokens else None,
             "eval_dataset": data[:64] if eval_dataset else None,
+            "callbacks": [learnt(**begins)] if begins else None,
         },
         **defaults | kwargs,
     )

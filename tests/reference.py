@@ -15,12 +15,10 @@ def shrink_to(tensors, radius):
     return [t * (radius / size) for t in tensors] if size > radius else list(tensors)
 
 
-def project(delta, theta, epsilon, ball):
+def project(delta, epsilon, ball):
     if ball == "global":
         return shrink_to(delta, epsilon)
-    if ball == "tensor":
-        return [shrink_to([d], epsilon)[0] for d in delta]
-    return [shrink_to([d], epsilon * norm([t]))[0] for d, t in zip(delta, theta)]
+    return [shrink_to([d], epsilon)[0] for d in delta]
 
 
 def gradient(loss, theta):
@@ -28,17 +26,13 @@ def gradient(loss, theta):
     return list(torch.autograd.grad(loss(theta), theta))
 
 
-def perturbation(
-    loss, theta, epsilon, inner_lr=1.0, inner_steps=1, ball="global", ascent_below=None
-):
+def perturbation(loss, theta, epsilon, inner_lr=1.0, inner_steps=1, ball="global"):
     """Δ for the batch whose mean loss at parameters θ is `loss(θ)`."""
-    if ascent_below is not None:
-        epsilon = epsilon * max(0.0, 1 - float(loss(theta)) / ascent_below)
     delta = [torch.zeros_like(t) for t in theta]
     for _ in range(inner_steps):
         ascent = gradient(loss, [t + d for t, d in zip(theta, delta)])
         delta = [d + inner_lr * g for d, g in zip(delta, ascent)]
-        delta = project(delta, theta, epsilon, ball)
+        delta = project(delta, epsilon, ball)
     return delta
 
 
@@ -49,3 +43,25 @@ def amp_gradient(loss, theta, **config):
 
 def sgd(theta, grads, lr):
     return [t - lr * g for t, g in zip(theta, grads)]
+
+
+class Rule:
+    """Sets ε, of a training of so many steps and epochs. It hears of a step two steps later."""
+
+    def __init__(self, rise, steps, epochs, first_loss, loss):
+        self.rise, self.steps, self.epochs = rise, steps, epochs
+        self.first_loss, self.loss = first_loss, loss
+        self.epsilon = None
+        self.seen = []  # of each step: the target, the loss at θ, and the one at θ + Δ
+
+    def target(self, step):
+        if step >= 2:
+            target, loss, perturbed = self.seen[step - 2]
+            self.loss = 0.95 * self.loss + 0.05 * loss
+            if target > 0:
+                missed = (perturbed - loss) / target
+                self.epsilon /= min(4.0, max(0.25, missed)) ** 0.2
+        share = (1 - self.loss / self.first_loss) ** (20 / self.epochs)
+        if step < 0.4 * self.steps or share < 0.05:
+            return 0.0
+        return share * min(self.rise, self.first_loss / 15)

@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 
 import torch
-from support import ConvNet, digits, make, on, outcome, trainer_for
+from support import ConvNet, digits, learnt, make, on, outcome, trainer_for
 
 from amp_hf import AMPConfig
 
-# The fourth step of the twelve is the first one perturbed.
+# The fourth step of the twelve is the first one perturbed; the sixth where ε sets itself.
 CONFIGS = {
-    "ascents": AMPConfig(ascent_start=0.25, ascent_every=2, inner_steps=2, scope="batch"),
-    "reused": AMPConfig(ascent_start=0.25, ascent_every=4, ascent_reuse=True),
-    "sub_batch": AMPConfig(ascent_start=0.25, ascent_every=2, ascent_fraction=0.5),
+    "steered": AMPConfig(),
+    "ascents": AMPConfig(0.1, ascent_start=0.25, ascent_every=2, inner_steps=2, scope="batch"),
+    "reused": AMPConfig(0.1, ascent_start=0.25, ascent_every=4, ascent_reuse=True),
+    "sub_batch": AMPConfig(0.1, ascent_start=0.25, ascent_every=2, ascent_fraction=0.5),
 }
 
 
@@ -27,6 +28,9 @@ def run(folder, mode, config):
         if state.global_step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    callbacks = [on(["on_substep_end"], kill)] if mode == "killed" else []
+    if config == "steered" and mode != "resumed":
+        callbacks.append(learnt())
     trainer = trainer_for(
         make(ConvNet),
         folder,
@@ -41,7 +45,7 @@ def run(folder, mode, config):
         lr_scheduler_type="cosine",
         learning_rate=1e-2,
         max_grad_norm=1.0,
-        trainer={"callbacks": [on(["on_substep_end"], kill)] if mode == "killed" else []},
+        trainer={"callbacks": callbacks},
     )
     trainer.train(resume_from_checkpoint=True if mode == "resumed" else None)
     return outcome(trainer)

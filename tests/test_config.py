@@ -14,10 +14,11 @@ HUGE, TINY = 10**400, Fraction(1, 10**400)  # no float is near the first, and 0 
 
 # Every field: what it accepts as its errors say it, values of that kind, and values that are not.
 FIELDS = {
-    "epsilon": ("a finite number >= 0", [0, 0.5, 3], [-0.1, NAN, INF, True, "0.1", None]),
+    "epsilon": ("None or a finite number >= 0", [None, 0, 0.5, 3], [-0.1, NAN, INF, True, "0.1"]),
+    "rise": ("a finite number > 0", [0.05, 1], [0, -0.1, NAN, INF, True, "0.1", None]),
     "inner_lr": ("a finite number > 0", [1, 0.2], [0, 0.0, -1.0, NAN, INF, True, "1", None]),
     "inner_steps": ("an integer >= 1", [1, 3], [0, -1, 1.0, 1.5, NAN, INF, True, "1", None]),
-    "ball": ("one of 'global', 'tensor', 'relative'", ["global", "tensor"], ["cube", "", None, 1]),
+    "ball": ("one of 'global', 'tensor'", ["global", "tensor"], ["cube", "", None, 1]),
     "scope": (
         "one of None, 'micro_batch', 'batch'",
         [None, "micro_batch", "batch"],
@@ -33,17 +34,13 @@ FIELDS = {
     ),
     "norm_stats": ("one of 'clean', 'both'", ["clean", "both"], ["outer", "", None, True]),
     "ascent_reuse": ("True or False", [True, False], [1, 0, "true", None]),
-    "ascent_below": (
-        "None or a number > 0",
-        [None, 0.1, 3],
-        [0, -0.5, NAN, -INF, True, "1"],
-    ),
 }
 UNUSUAL = AMPConfig(
     epsilon=0.25,
+    rise=0.05,
     inner_lr=0.5,
     inner_steps=2,
-    ball="relative",
+    ball="tensor",
     scope="batch",
     ascent_start=0.5,
     ascent_every=3,
@@ -51,7 +48,6 @@ UNUSUAL = AMPConfig(
     perturb=r"conv\d+\.weight",
     norm_stats="both",
     ascent_reuse=True,
-    ascent_below=0.5,
 )
 
 
@@ -83,10 +79,11 @@ def test_every_bad_value_raises_an_error_naming_the_field_and_what_it_accepts(na
     assert str(caught.value).startswith(expected)
 
 
-@pytest.mark.parametrize("name", ["epsilon", "inner_lr", "ascent_start", "ascent_fraction"])
+@pytest.mark.parametrize("name", ["epsilon", "rise", "inner_lr", "ascent_start", "ascent_fraction"])
 def test_a_number_is_checked_as_the_float_that_it_becomes(name):
     bad = {
         "epsilon": [HUGE, -HUGE],
+        "rise": [HUGE, TINY],
         "inner_lr": [HUGE, TINY],
         "ascent_start": [HUGE, 1 - TINY],
         "ascent_fraction": [HUGE, TINY],
@@ -176,7 +173,7 @@ def test_a_file_with_a_value_nested_as_deep_as_python_reads_it_is_refused(tmp_pa
         path.write_text(f'{{"epsilon": {"[" * depth}{"]" * depth}}}')
         (message,) = AMPConfig().changes_since(path)
         assert (
-            "must be a finite number >= 0" in message
+            "must be None or a finite number >= 0" in message
             or "cannot be read as a JSON object" in message
         )
 
@@ -243,13 +240,9 @@ def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
 
 def test_the_settings_of_the_budget_that_is_recommended():
     assert AMPConfig.for_budget(1.15) == AMPConfig(
-        ascent_below=0.5, epsilon=0.7, ascent_start=0.4, ascent_every=4, ascent_reuse=True
+        rise=0.2, ascent_start=0.4, ascent_every=4, ascent_reuse=True
     )
     assert AMPConfig.for_budget(2) == AMPConfig.for_budget(1.3)
-
-
-def test_at_any_loss_can_be_said_as_a_number():
-    assert AMPConfig(ascent_below=INF) == AMPConfig(ascent_below=None)
 
 
 @pytest.mark.parametrize("budget", [1, 1.0, 0.5, 0, -1, NAN, INF, True, "1.15", None])

@@ -24,13 +24,15 @@ TIMEOUT = 600  # seconds that a start may take on a machine that is busy with ot
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 REPLICATED = ["ddp", "zero1", "zero2"]
 
+# ε sets itself, and corrects itself by what the last step did.
+STEERED = dict(loss=0.1, epsilon=0.05, past=[[0.05, 0.3, 0.4, 0.05]])
+
 JOINED = {
     "one ascent": dict(config={}),
     "accumulated": dict(
         config={"inner_steps": 2, "inner_lr": 0.3}, gradient_accumulation_steps=2, max_grad_norm=0.1
     ),
-    "relative ball": dict(config={"ball": "relative"}, gradient_accumulation_steps=2),
-    "uneven shards": dict(net="odd", config={"ball": "relative"}),
+    "uneven shards": dict(net="odd", config={"ball": "tensor"}),
     "evaluated in mid-step": dict(net="odd", gradient_accumulation_steps=2, eval_dataset=True),
     "tensor ball": dict(config={"ball": "tensor"}, net="partly_frozen"),
     "partly used": dict(net="partly_used", ddp={"find_unused_parameters": True}),
@@ -40,14 +42,21 @@ JOINED = {
     "norms only": dict(net="conv", config={"perturb": "norm"}),
     "half the batch": dict(config={"ascent_fraction": 0.5}),
     "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager"),
-    "learnt": dict(
-        net="gpt2", config={"ascent_below": 8.0, "inner_steps": 2}, gradient_accumulation_steps=2
+    "steered": dict(
+        config={"epsilon": None, "inner_steps": 2},
+        gradient_accumulation_steps=2,
+        begins=STEERED,
     ),
+    "first radius": dict(net="gpt2", config={"epsilon": None}, begins=dict(loss=0.1)),
     "reused": dict(config={"ascent_every": 3, "ascent_reuse": True}, gradient_accumulation_steps=2),
 }
 SEPARATE = {
     "own": dict(config={"inner_steps": 2, "inner_lr": 0.3}, gradient_accumulation_steps=2),
-    "own tokens": dict(net="gpt2", config={"ascent_below": 8.0}),
+    "own, steered": dict(config={"epsilon": None}, begins=STEERED),
+    "own tokens": dict(net="gpt2"),
+    "own tokens, steered": dict(
+        net="gpt2", config={"epsilon": None}, gradient_accumulation_steps=2, begins=STEERED
+    ),
     "own tokens, accumulated": dict(net="gpt2", gradient_accumulation_steps=2),
 }
 OFFLOADED = {

@@ -6,12 +6,22 @@ import warnings
 
 import pytest
 import torch
-from support import ConvNet, always, digit_batches, logged, make, train, trainer_for, weights
+from support import (
+    ConvNet,
+    always,
+    digit_batches,
+    learnt,
+    logged,
+    make,
+    train,
+    trainer_for,
+    weights,
+)
 from test_distributed import launch
 from torch._dynamo.utils import counters
 from transformers import Trainer
 
-from amp_hf import AMPTrainer
+from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.flatness import LossSurface, measure
 
 pytestmark = pytest.mark.gpu
@@ -71,8 +81,11 @@ def test_a_perturbed_step_waits_for_the_device_no_more_often_than_its_passes_do(
             trainer.train()
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
-    config = always(ascent_every=2 if reuse else 1, ascent_reuse=reuse, ascent_below=5.0)
-    assert waits(AMPTrainer, config=config) <= 2 * waits(Trainer)
+    own = dict(ascent_every=2 if reuse else 1, ascent_reuse=reuse)
+    stock = waits(Trainer)
+    assert waits(AMPTrainer, config=always(**own)) <= 2 * stock
+    steered = waits(AMPTrainer, config=AMPConfig(**own), trainer={"callbacks": [learnt(loss=0.1)]})
+    assert steered <= 2 * stock
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

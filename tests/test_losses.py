@@ -133,9 +133,9 @@ class UncountedTrainer(AMPTrainer):
 def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_delta_is_the_same(
     tmp_path, net, cls, scope
 ):
-    def run(net, cls, epsilon=100.0, **own):
+    def run(net, cls, epsilon=100.0):
         # A small network has gradients inside of this ball.
-        config = always(epsilon=epsilon, scope=scope, **own)
+        config = always(epsilon=epsilon, scope=scope)
         options = dict(gradient_accumulation_steps=4, learning_rate=0.0, max_steps=4)
         return train(make(net), tmp_path, config, cls=cls, **options)
 
@@ -146,9 +146,6 @@ def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_de
     for key in ("loss", "amp/loss", "amp/sharpness"):
         fourfold = [4 * value for value in logged(divided, key)]
         assert logged(own, key) == pytest.approx(fourfold, rel=1e-3)
-    divided, own = (run(*kind, 0.05, ascent_below=4.0) for kind in ((MLP, AMPTrainer), (net, cls)))
-    assert max(logged(divided, "amp/delta_norm")) < 0.025  # the loss is above 2
-    assert logged(own, "amp/delta_norm") == pytest.approx(logged(divided, "amp/delta_norm"))
 
 
 class DividingTrainer(AMPTrainer):
@@ -186,7 +183,7 @@ def test_no_loss_takes_delta_out_of_the_ball(tmp_path, loss, norm):
             value = outputs["loss"]
             return outputs | {"loss": value + (loss - value).detach()}
 
-    config = always(epsilon=0.05, ascent_below=0.5)
+    config = always(epsilon=0.05)
     trainer = train(make(Spoiled), tmp_path, config, max_steps=2, logging_nan_inf_filter=False)
     assert logged(trainer, "amp/delta_norm") == pytest.approx([norm, norm])
 

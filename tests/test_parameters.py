@@ -185,7 +185,7 @@ def test_an_optimizer_that_is_hooked_in_by_create_optimizer_is_refused_before_th
     model = make()
     start = weights(model)
     with pytest.raises(ValueError, match="post_accumulate_grad_hook"):
-        train(model, tmp_path, AMPConfig(ascent_start=0.5), cls=InHooks)
+        train(model, tmp_path, AMPConfig(0.1, ascent_start=0.5), cls=InHooks)
     assert not differing(weights(model), start)
 
 

@@ -195,7 +195,7 @@ def test_a_yaml_file_that_is_wrong_ends_with_one_line(tmp_path, capsys, text):
 
 
 def test_every_amp_field_is_an_argument(tmp_path):
-    amp = AMPConfig(0.2, 0.5, 2, "relative", "batch", 0.3, 2, 0.5, "norm", "both", True, 0.5)
+    amp = AMPConfig(0.2, 0.05, 0.5, 2, "tensor", "batch", 0.3, 2, 0.5, "norm", "both", True)
     argv = [f"--{name}={value}" for name, value in amp.to_dict().items()]
     assert parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)])[2] == amp
 
@@ -221,7 +221,7 @@ def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tm
 def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--budget=1.15"]
     assert parse({}, {}, None, argv)[2] == AMPConfig.for_budget(1.15)
-    own = ["--epsilon=0.1", "--ascent_reuse=false", "--ascent_below=inf"]
+    own = ["--epsilon=0.1", "--ascent_reuse=false", "--rise=0.1"]
     overridden = parse({}, {}, None, [*argv, *own])[2]
     assert overridden == AMPConfig(epsilon=0.1, ascent_start=0.4, ascent_every=4)
 

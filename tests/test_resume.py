@@ -21,6 +21,7 @@ def start(folder, mode, config):
 @pytest.mark.parametrize(
     ("config", "ascents"),
     [
+        ("steered", [6, 7, 8, 9, 10, 11, 12]),
         ("ascents", [4, 6, 8, 10, 12]),
         # Also after each checkpoint, which holds no Δ.
         ("reused", [4, 7, 10]),

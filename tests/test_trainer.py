@@ -39,7 +39,8 @@ from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
 
 
 def test_no_config_is_the_default_config(tmp_path):
-    assert trainer_for(make(), tmp_path).amp_config == AMPConfig()
+    trainer = AMPTrainer(make(), arguments(tmp_path), train_dataset=digits())
+    assert trainer.amp_config == AMPConfig()
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -85,26 +85,6 @@ def test_trajectory_with_accumulation_equals_the_reference(
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("inner_steps", [1, 2])
-@pytest.mark.parametrize("ball", BALLS)
-def test_the_radius_grows_as_the_loss_falls(tmp_path, ball, inner_steps, scope):
-    """From nothing, for some of the batches, to a part of ε."""
-    config = dict(epsilon=0.05, inner_lr=0.3, inner_steps=inner_steps, ball=ball, ascent_below=2.25)
-    model = make(dtype=torch.float64)
-    options = dict(per_device_train_batch_size=4, learning_rate=0.3)
-    theta, windows = recorded(model, tmp_path, always(**config, scope=scope), 8, 2, **options)
-    perturbed = set()
-    for window in windows:
-        losses = [mlp_loss(batch) for batch in window]
-        seen = [mean(losses)] * 2 if scope == "batch" else losses
-        perturbed |= {bool(loss(theta) < 2.25) for loss in seen}
-        gradients = [amp_gradient(a, theta, b, **config) for a, b in zip(losses, seen)]
-        theta = reference.sgd(theta, average(gradients), 0.3)
-    assert perturbed == {True, False}
-    assert_at(model, theta)
-
-
-@pytest.mark.parametrize("scope", SCOPES)
 def test_the_shorter_last_window_of_an_epoch_is_a_whole_step(tmp_path, scope):
     config = dict(epsilon=100.0, inner_lr=0.3)
     model, recorder = make(dtype=torch.float64), Recorder()

@@ -40,7 +40,7 @@ Sets = dict[str, ImageDataset]  # by the name that their metrics begin with
 
 def measure_for_card(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> None:
     """What `--compare_erm` and `--flatness` ask for, into `trainer.card_details` and the folder."""
-    perturbed = trainer.amp_config.epsilon > 0
+    perturbed = trainer.amp_config.epsilon != 0
     trainers = {}
     if images.compare_erm and perturbed:
         trainers["ERM"] = train_baseline(images, trainer, evaluated)

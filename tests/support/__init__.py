@@ -23,6 +23,7 @@ from .running import (
     LiveBytes,
     always,
     arguments,
+    learnt,
     on,
     raise_at,
     recorded,

@@ -13,11 +13,12 @@ from transformers import (
 )
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
+from amp_hf.progress import keep
 
 from .data import Recorder, digits, padded, strokes
 from .models import language_model, make
 
-BALLS = ["global", "tensor", "relative"]
+BALLS = ["global", "tensor"]
 SCOPES = ["micro_batch", "batch"]
 ADAMW = dict(
     optim="adamw_torch",
@@ -50,7 +51,7 @@ def arguments(folder, **kwargs):
 
 def trainer_for(model, folder, config=None, *, cls=AMPTrainer, data=None, trainer=None, **kwargs):
     """A trainer; `config` is for `AMPTrainer`, `trainer` holds further Trainer arguments."""
-    own = {"amp_config": config} if issubclass(cls, AMPTrainerMixin) else {}
+    own = {"amp_config": config or always()} if issubclass(cls, AMPTrainerMixin) else {}
     if data is None:
         data = digits(next(model.parameters()).dtype)
     return cls(
@@ -63,8 +64,22 @@ def trainer_for(model, folder, config=None, *, cls=AMPTrainer, data=None, traine
 
 
 def always(**kwargs):
-    """Perturbs from the first step on."""
-    return AMPConfig(**{"ascent_start": 0.0} | kwargs)
+    """Algorithm 1, from the first step on."""
+    return AMPConfig(**{"epsilon": 0.1} | kwargs)
+
+
+def learnt(loss=0.5, first_loss=10.0, epsilon=None, past=()):
+    """A callback for a training in which ε sets itself: it goes on where the loss has fallen.
+
+    Args:
+        past: of the last step, the target, the losses at θ and at θ + Δ, and ‖Δ‖₂.
+    """
+    radius = {"epsilon": epsilon, "first_loss": first_loss, "loss": loss}
+
+    def act(event, state, control):
+        keep(state, feedback={"radius": radius, "past": list(past)})
+
+    return on(["on_train_begin"], act)
 
 
 def train(model, folder, config=None, **kwargs):

@@ -1,0 +1,82 @@
+"""What the steps measure, on its way from the devices to the rule that sets ε."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .radius import Radius
+
+
+class _Measured:
+    """A step's target, its losses at θ and θ + Δ, and ‖Δ‖₂, which arrive while others compute."""
+
+    def __init__(self, target: float, values: Tensor) -> None:
+        self._target = target
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrived: Any = None
+        if values.device.type != "cpu":
+            self._arrived = torch.Event(values.device)
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [self._target, *self._values.tolist()]
+
+
+class Feedback:
+    """Tells `radius` of every step, once the next one is over: then no device is waited for.
+
+    All ranks measure together and so keep the same radius. `state` is all that there is to know: a
+    run that goes on from it ends where the uninterrupted one does.
+    """
+
+    def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None) -> None:
+        self._accelerator = accelerator
+        self.radius = Radius(**state["radius"]) if state else Radius()
+        # Of past steps, the oldest first, and the sums over the micro-batches of the present one.
+        self._past: deque[_Measured | list[float]] = deque(state["past"] if state else [])
+        self._target = 0.0
+        self._sums: Tensor | None = None
+
+    def next_step(self, rise: float, epochs: int, progress: float) -> float:
+        """The present step is over, if there is one. Returns the next one's `Radius.target`."""
+        self._close()
+        while len(self._past) > 1:
+            target, loss, perturbed_loss, delta_norm = _read(self._past.popleft())
+            self.radius.observe(loss)
+            if delta_norm > 0:  # else Δ was not finite, or there was none
+                self.radius.steer(target, perturbed_loss - loss)
+        self._target = self.radius.target(rise, epochs, progress)
+        return self._target
+
+    def add(self, loss: Tensor, perturbed_loss: Tensor, delta_norm: Tensor) -> None:
+        """One micro-batch: its share of the step's losses at θ and at θ + Δ, and of ‖Δ‖₂.
+
+        Where it is not perturbed, the losses are one, and ‖Δ‖₂ is 0.
+        """
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        values = [value.to(loss.device, dtype) for value in (loss, perturbed_loss, delta_norm)]
+        sums = torch.stack(values)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint after the present step, as JSON has it."""
+        self._close()
+        self._past = deque(_read(measured) for measured in self._past)
+        return {"radius": dict(vars(self.radius)), "past": list(self._past)}
+
+    def _close(self) -> None:
+        if self._sums is not None:
+            means = self._accelerator.reduce(self._sums, reduction="mean")
+            self._past.append(_Measured(self._target, means))
+            self._sums = None
+
+
+def _read(measured: _Measured | list[float]) -> list[float]:
+    return measured.read() if isinstance(measured, _Measured) else measured

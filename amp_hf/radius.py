@@ -1,0 +1,87 @@
+"""The rule that sets ε where the user does not: it holds what Δ costs, not how long Δ is.
+
+The ε that serves one network best lies a factor of twenty from that of another, but both raise the
+loss by about as much. So the rise is held at a target, and ε is what it takes:
+
+    learnt  = 1 − loss / first loss                     loss: a moving average, at θ
+    target  = rise · learnt^(20 / epochs)               0, and the step plain, where next to nothing
+    ε       ← ε · (target / (loss(θ + Δ) − loss(θ)))^0.2
+
+What a training sees often enough to learn it by heart is perturbed long before it is learnt; what
+it sees a few times only, once it is. The first 40 % are plain: what a network learns there is what
+its data have in common, and a perturbation is in the way of that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+_START = 0.4  # share of the training before the first ascent
+_EPOCHS = 20  # of a training whose target is in proportion to what has been learnt
+_LEAST = 0.05  # share of the rise, below which a step is plain
+_MEMORY = 0.95  # of the moving average, per step
+_GAIN = 0.2  # exponent of the correction in a step
+_MOST = 4.0  # the factor by which a rise may miss its target and still count in full
+_SHARE = 1 / 15  # of the first loss, which the target never exceeds: it may not be in nats
+
+
+@dataclass
+class Radius:
+    """What the rule remembers. All numbers are finite, or `None` where nothing is known yet.
+
+    Attributes:
+        epsilon: the radius of the next Δ, in parameter units.
+        first_loss: the loss that the training began with.
+        loss: the moving average of the loss at θ.
+    """
+
+    epsilon: float | None = None
+    first_loss: float | None = None
+    loss: float | None = None
+
+    def target(self, rise: float, epochs: int, progress: float) -> float:
+        """How far the next Δ is to raise the loss, >= 0; a step is plain where this is 0.
+
+        Args:
+            rise: in the unit of the loss, where everything has been learnt.
+            epochs: how often the training sees its data, from its first step to its last.
+            progress: the share of its steps that it has taken.
+        """
+        if progress < _START or self.first_loss is None or self.loss is None:
+            return 0.0
+        if self.first_loss <= 0:
+            return 0.0
+        learnt = min(1.0, max(0.0, 1 - self.loss / self.first_loss))
+        share = learnt ** (_EPOCHS / epochs)
+        return share * min(rise, _SHARE * self.first_loss) if share >= _LEAST else 0.0
+
+    def begin(self, target: float, slope: float) -> None:
+        """The first radius: the one that raises the loss by `target`, were it linear.
+
+        Args:
+            slope: how far a Δ of radius 1 would raise the loss then. Where it is 0, or not finite,
+                there is no radius yet.
+        """
+        if math.isfinite(slope) and slope > 0 and math.isfinite(target / slope):
+            self.epsilon = target / slope
+
+    def observe(self, loss: float) -> None:
+        """A step's loss at θ; one that is not finite says nothing."""
+        if not math.isfinite(loss):
+            return
+        if self.first_loss is None or self.loss is None:
+            self.first_loss = self.loss = loss
+        self.loss = _MEMORY * self.loss + (1 - _MEMORY) * loss
+
+    def steer(self, target: float, rise: float) -> None:
+        """Corrects the radius by what the last Δ did.
+
+        Args:
+            target: that of its step, > 0.
+            rise: loss(θ + Δ) − loss(θ). Where it is not finite, Δ was far too long.
+        """
+        if self.epsilon is None:
+            return
+        missed = _MOST if not math.isfinite(rise) else rise / target
+        self.epsilon *= min(_MOST, max(1 / _MOST, missed)) ** -_GAIN

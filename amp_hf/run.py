@@ -1,0 +1,83 @@
+"""What a perturbed step leaves for the next: the state of a training run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import TrainerState
+
+from .engine import Engine
+from .feedback import Feedback
+from .parameters import StepTensors
+from .perturbation import Perturbation
+from .progress import Progress, kept
+
+
+@dataclass
+class Run:
+    """What is found out once a training run, and what one step leaves for the next."""
+
+    state: TrainerState | None = None  # the Trainer's, and so this run's identity
+    progress: Progress = field(default_factory=Progress)
+    feedback: Feedback | None = None  # to the rule that sets epsilon
+    target: float = 0.0  # how far this step's Δ is to raise the loss by that rule
+    last_begun: int | None = None  # the last step of all
+    engine: Engine | None = None
+    tensors: StepTensors | None = None
+    checked: bool = False  # that AMP is right with the trainer, once epsilon is not 0
+    loss_shrinks: bool | None = None  # see `ParentPasses.loss_shrinks`
+    last_step: int | None = None  # the last perturbed one
+    last_ascent: int | None = None  # the last one whose Δ was computed anew
+    reusable: Perturbation | None = None  # its Δ, where steps to come may be displaced by it
+
+    @classmethod
+    def of(cls, state: TrainerState, accelerator: Accelerator) -> Run:
+        """A new one, or what goes on from a checkpoint."""
+        feedback = Feedback(accelerator, kept(state).get("feedback"))
+        return cls(state, Progress.of(state), feedback)
+
+    @property
+    def epochs(self) -> int:
+        """How often the training sees its data: once where they are streamed, without an end."""
+        assert self.state is not None
+        return 1 if self.state.num_train_epochs == sys.maxsize else self.state.num_train_epochs
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step, and the Δ that they see."""
+
+    batches: list = field(default_factory=list)
+    perturbation: Perturbation = field(default_factory=lambda: Perturbation([], 0.0, "global"))
+    delta_norm: Tensor | None = None
+    # At θ, of the micro-batches that Δ was computed on and whose outer pass is to come.
+    clean_losses: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class LogMeans:
+    """Of the loss at θ + Δ, its rise over the one at θ, and ‖Δ‖₂, since they were last taken.
+
+    They are over the steps with an ascent.
+    """
+
+    steps: float = 0.0
+    sums: Tensor | None = None
+
+    def add(self, loss: Tensor, clean_loss: Tensor, delta_norm: Tensor, share: float) -> None:
+        """Adds one micro-batch, which is `share` of a step."""
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        values = (loss, loss - clean_loss, delta_norm * share)
+        sums = torch.stack([value.to(loss.device, dtype) for value in values])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.steps += share
+
+    def take(self) -> Tensor | None:
+        """The three means, if there was a step, and starts anew."""
+        means = None if self.sums is None else self.sums / self.steps
+        self.steps, self.sums = 0.0, None
+        return means

@@ -1,0 +1,286 @@
+"""ε where it sets itself: the rule, and the trainings that it steers."""
+
+import math
+
+import pytest
+import reference
+import torch
+from support import (
+    BALLS,
+    SCOPES,
+    always,
+    arguments,
+    assert_at,
+    average,
+    digits,
+    learnt,
+    logged,
+    make,
+    mean,
+    mlp_loss,
+    on,
+    outcome,
+    recorded,
+    train,
+    trainer_for,
+)
+
+from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.radius import Radius
+
+ITSELF = AMPConfig()
+
+
+def after(*losses, epsilon=None):
+    radius = Radius(epsilon)
+    for loss in losses:
+        radius.observe(loss)
+    return radius
+
+
+# The rule
+
+
+def test_the_target_grows_as_the_loss_falls_and_is_whole_where_it_is_zero():
+    targets = [Radius(None, 3.0, loss).target(0.1, 20, 0.5) for loss in (3.0, 2.0, 1.0, 0.0)]
+    assert targets == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
+
+
+def test_the_target_of_a_short_training_waits_until_nearly_all_is_learnt():
+    half = Radius(None, 3.0, 1.5)
+    assert half.target(0.1, 100, 0.5) == pytest.approx(0.1 * 0.5**0.2)
+    assert half.target(0.1, 5, 0.5) == pytest.approx(0.1 * 0.5**4)
+    assert half.target(0.1, 1, 0.5) == 0.0  # a millionth of it: not worth a pass
+    assert Radius(None, 3.0, 0.1).target(0.1, 1, 0.5) > 0
+
+
+def test_the_first_part_of_a_training_is_plain():
+    radius = Radius(None, 3.0, 0.0)
+    assert [radius.target(0.1, 60, progress) > 0 for progress in (0.0, 0.39, 0.4, 0.99)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_the_target_is_a_small_share_of_a_first_loss_that_is_small_itself():
+    """As that of two classes, or of a regression in large units."""
+    assert Radius(None, 0.69, 0.0).target(0.1, 60, 0.5) == pytest.approx(0.69 / 15)
+    assert Radius(None, 1e-6, 0.0).target(0.1, 60, 0.5) == pytest.approx(1e-6 / 15)
+    assert Radius(None, 1e6, 0.0).target(0.1, 60, 0.5) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("first", [0.0, -3.0])
+def test_a_loss_that_begins_at_zero_or_below_is_left_alone(first):
+    assert after(first, *[first - 5.0] * 100).target(0.1, 60, 0.9) == 0.0
+    assert after(first, *[first + 5.0] * 100).target(0.1, 60, 0.9) == 0.0
+
+
+def test_a_loss_that_falls_below_zero_has_been_learnt():
+    assert after(2.0, *[-50.0] * 100).target(0.1, 60, 0.9) == pytest.approx(0.1)
+
+
+def test_a_loss_that_rises_is_not_learnt():
+    assert after(2.0, *[50.0] * 100).target(0.1, 60, 0.9) == 0.0
+
+
+def test_nothing_is_known_before_the_first_loss():
+    assert Radius().target(0.1, 60, 0.9) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_losses_and_slopes_that_are_not_finite_say_nothing(bad):
+    assert after(bad, 2.0, bad, 1.0) == after(2.0, 1.0)
+    radius = after(2.0)
+    for slope in (bad, 0.0):
+        radius.begin(0.1, slope)
+        assert radius.epsilon is None
+    radius.steer(0.1, 0.5)
+    assert radius.epsilon is None
+
+
+def test_a_rise_that_is_not_finite_counts_as_far_too_high():
+    falls = []
+    for rise in (0.4, 1e9, math.inf, math.nan):
+        radius = Radius(1.0, 2.0, 1.0)
+        radius.steer(0.1, rise)
+        falls.append(radius.epsilon)
+    assert falls == [pytest.approx(4**-0.2)] * 4
+
+
+@pytest.mark.parametrize("slope", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_the_radius_goes_to_where_the_loss_rises_by_the_target(slope, power):
+    """From the guess of the first order, on losses that curve."""
+    radius = Radius()
+    radius.begin(0.1, slope)
+    for _ in range(60):
+        rise = slope * radius.epsilon + 30 * (slope * radius.epsilon) ** power
+        radius.steer(0.1, rise)
+    assert rise == pytest.approx(0.1, rel=1e-2)
+
+
+# The trainings
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("inner_steps", [1, 2])
+@pytest.mark.parametrize("ball", BALLS)
+def test_trajectory_equals_the_reference(tmp_path, ball, inner_steps, scope):
+    steps, accumulation, rise = 16, 2, 0.02
+    known = dict(first_loss=10.0, loss=0.5)
+    model = make(dtype=torch.float64)
+    config = AMPConfig(rise=rise, inner_steps=inner_steps, ball=ball, scope=scope)
+    theta, windows = recorded(
+        model,
+        tmp_path,
+        config,
+        steps,
+        accumulation,
+        trainer={"callbacks": [learnt(**known)]},
+        per_device_train_batch_size=4,
+    )
+    rule = reference.Rule(rise, steps, 1, **known)
+    for step, window in enumerate(windows):
+        losses = [mlp_loss(batch) for batch in window]
+        seen = [mean(losses)] * accumulation if scope == "batch" else losses
+        target = rule.target(step)
+        at_delta, gradients = [], []
+        if target > 0 and rule.epsilon is None:
+            first = reference.gradient(seen[0], theta)
+            norms = [reference.norm([g]) for g in first]
+            slope = reference.norm(first) if ball == "global" else sum(norms)
+            rule.epsilon = float(target / slope)
+        own = dict(epsilon=rule.epsilon if target > 0 else 0.0, inner_lr=1e9, ball=ball)
+        for loss, origin in zip(losses, seen):
+            delta = reference.perturbation(origin, theta, inner_steps=inner_steps, **own)
+            there = [t + d for t, d in zip(theta, delta)]
+            at_delta.append(float(loss(there)))
+            gradients.append(reference.gradient(loss, there))
+        clean = sum(float(loss(theta)) for loss in losses) / accumulation
+        rule.seen.append((target, clean, sum(at_delta) / accumulation))
+        theta = reference.sgd(theta, average(gradients), 0.1)
+    assert sum(target > 0 for target, *_ in rule.seen) > 5
+    assert_at(model, theta)
+
+
+def test_the_loss_rises_by_the_target(tmp_path):
+    options = dict(max_steps=200, per_device_train_batch_size=32)
+    trainer = train(make(), tmp_path, ITSELF, data=digits()[:128], **options)
+    rises = logged(trainer, "amp/sharpness")
+    assert len(rises) > 100
+    radius = trainer.state.stateful_callbacks["amp_hf"]
+    assert radius["progress"]["ascent_steps"] == len(rises)
+    last = trainer.state.log_history[-2]
+    target = Radius(None, math.log(10), last["loss"]).target(ITSELF.rise, 50, 1.0)
+    assert sum(rises[-40:]) / 40 == pytest.approx(target, rel=0.15)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_radius_does_not_depend_on_what_the_trainer_divides_a_loss_by(
+    tmp_path, scope, accumulation
+):
+    """The same batches, in one micro-batch or several. A Δ of a small one's own is shorter."""
+
+    def radius(config, accumulation):
+        options = dict(max_steps=20, data=digits()[:128], trainer={"callbacks": [learnt()]})
+        options |= dict(gradient_accumulation_steps=accumulation)
+        size = 32 // accumulation
+        trainer = train(make(), tmp_path, config, per_device_train_batch_size=size, **options)
+        return logged(trainer, "amp/delta_norm")[-1]
+
+    tolerance = 1e-4 if scope == "batch" else 0.5
+    assert radius(AMPConfig(scope=scope), accumulation) == pytest.approx(
+        radius(ITSELF, 1), rel=tolerance
+    )
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("cut", [9, 14])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does_to_the_bit(tmp_path, cut, reuse):
+    """Cut before the first ascent and after some."""
+    config = AMPConfig(ascent_every=2, ascent_reuse=True) if reuse else ITSELF
+    options = dict(data=digits()[:64], max_steps=20, save_strategy="steps", save_steps=cut)
+    options |= dict(optim="adamw_torch", learning_rate=1e-2)
+    begins = {"callbacks": [learnt()]}
+    whole = train(make(), tmp_path / "whole", config, trainer=begins, **options)
+    resumed = trainer_for(make(), tmp_path / "resumed", config, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{cut}"))
+    norms = logged(whole, "amp/delta_norm")
+    assert len(norms) > 3 and logged(resumed, "amp/delta_norm") == norms
+    for key in ("weights", "optimizer", "rng"):
+        assert outcome(resumed)[key] == outcome(whole)[key], key
+
+
+def test_a_stock_checkpoint_counts_from_its_own_loss(tmp_path):
+    options = dict(data=digits()[:64], max_steps=20, save_strategy="steps", save_steps=8)
+    train(make(), tmp_path, AMPConfig(epsilon=0), **options)
+    trainer = trainer_for(make(), tmp_path, ITSELF, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    kept = trainer.state.stateful_callbacks["amp_hf"]["feedback"]["radius"]
+    assert kept["first_loss"] == pytest.approx(logged(trainer, "loss")[8], rel=1e-6)
+
+
+def test_the_state_of_a_fixed_radius_holds_no_losses_and_that_of_the_stock_trainer_nothing(
+    tmp_path,
+):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    kept = train(make(), tmp_path, always(), **options).state.stateful_callbacks["amp_hf"]
+    assert kept["progress"] == {"ascent_steps": 4, "perturbed_steps": 4, "first": 0}
+    assert kept["feedback"]["radius"]["loss"] is None
+    stock = train(make(), tmp_path, AMPConfig(epsilon=0), **options)
+    assert "amp_hf" not in stock.state.stateful_callbacks
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_batches_whose_loss_is_not_finite_leave_the_radius_alone(tmp_path, value):
+    class Spoiled(AMPTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            spoiled = self.state.global_step == 10
+            return loss * value if spoiled else loss
+
+    def zero_gradients(event, state, control):
+        if state.global_step == 10:
+            for param in trainer.model.parameters():
+                param.grad.zero_()
+
+    own = {"callbacks": [learnt(), on(["on_pre_optimizer_step"], zero_gradients)]}
+    trainer = trainer_for(make(), tmp_path, ITSELF, cls=Spoiled, trainer=own, max_steps=14)
+    trainer.train()
+    norms = logged(trainer, "amp/delta_norm")
+    assert norms[10 - 6] == 0.0
+    assert norms[11 - 6] > 0 and norms[-1] == pytest.approx(norms[3], rel=0.5)
+
+
+def test_what_streams_without_an_end_is_seen_once(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from digits()[:64]
+
+    options = dict(data=Stream(), max_steps=20)
+    assert logged(train(make(), tmp_path, ITSELF, **options), "amp/delta_norm") == []
+    own = {"callbacks": [learnt(loss=0.01)]}
+    trainer = train(make(), tmp_path, ITSELF, trainer=own, **options)
+    assert len(logged(trainer, "amp/delta_norm")) > 5
+
+
+def test_a_callback_may_fix_the_radius_and_let_it_set_itself_again(tmp_path):
+    def switch(event, state, control):
+        fixed = state.global_step in (12, 13)
+        trainer.amp_config = always(epsilon=0.01) if fixed else ITSELF
+
+    own = {"callbacks": [learnt(loss=0.01), on(["on_step_begin"], switch)]}
+    trainer = trainer_for(make(), tmp_path, ITSELF, trainer=own, max_steps=20)
+    trainer.train()
+    norms = logged(trainer, "amp/delta_norm")
+    assert [round(norm, 4) == 0.01 for norm in norms] == [step in (4, 5) for step in range(12)]
+
+
+def test_arguments_have_the_rise(tmp_path):
+    trainer = trainer_for(make(), tmp_path, AMPConfig(rise=0.05))
+    assert "amp_config" not in arguments(tmp_path).to_dict()
+    assert trainer.amp_config.rise == 0.05 and trainer.amp_config.epsilon is None
