@@ -4,10 +4,10 @@
     python recipes/train_digits.py --seeds 10 --epsilon 0.2
 
 scikit-learn's 1,797 digits of 8x8 pixels, of which a small network sees 200 and is tested on the
-rest: few enough to overfit, which is what a regularizer is for. Every step is perturbed unless
-`--ascent_start` says otherwise. Prints test accuracy, negative log-likelihood, expected calibration
-error and sharpness, the worst rise of the training loss that is found within 0.1 of the weights, as
-mean ± standard deviation over seeds, and draws the loss around the last seed's weights.
+rest: few enough to overfit, which is what a regularizer is for. Prints test accuracy, negative
+log-likelihood, expected calibration error and sharpness, the worst rise of the training loss that
+is found within 0.1 of the weights, as mean ± standard deviation over seeds, and draws the loss
+around the last seed's weights.
 """
 
 import json
@@ -142,14 +142,12 @@ def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
                 results[name].append(metrics)
                 progress.update()
 
+    defaults = AMPConfig().to_dict()
+    chosen = {k: v for k, v in amp_config.to_dict().items() if v != defaults[k]}
+    shown = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     print(
-        f"\n{options.train_samples} training images, n = {options.seeds} seeds, AMP with epsilon "
-        f"{amp_config.epsilon:g} and ascent_start {amp_config.ascent_start:g}"
-        + (
-            f", an ascent every {amp_config.ascent_every} steps"
-            if amp_config.ascent_every > 1
-            else ""
-        )
+        f"\n{options.train_samples} training images, n = {options.seeds} seeds, AMP by "
+        f"AMPConfig({shown})"
     )
     print(" " * 5 + "".join(f"{column:>20}" for column in COLUMNS))
     for name, runs in results.items():
@@ -174,7 +172,6 @@ def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
 
 def main() -> None:
     parser = HfArgumentParser((DigitsArguments, AMPConfig), description=__doc__, allow_abbrev=False)
-    parser.set_defaults(ascent_start=0.0)
     disable_progress_bar()  # of saving and loading
     try:
         budget = parser.parse_known_args()[0].budget

@@ -130,7 +130,7 @@ def test_a_delta_that_was_kept_displaces_the_parameters_from_where_they_have_mov
     params, gradient = tensors(0), joint(1)
     perturbation = Perturbation(params, 0.1, "global")
     delta = copy.deepcopy(gradient)
-    project(delta, params, 0.1, "global")
+    project(delta, 0.1, "global")
     perturbation.ascend(gradient, 1.0)
     for step in range(1, 4):
         perturbation.suspend(theta_moves=True)

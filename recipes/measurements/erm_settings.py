@@ -1,7 +1,6 @@
 """The settings and rows of erm_comparison.py."""
 
 from plan import CIFAR10, DIGITS, GTSRB, Row, Setting
-from variants import RateFollowingRadius
 
 VIT = (
     '--model_args {"patch_size":8} --optim adamw_torch_fused --learning_rate 0.001 '
@@ -97,27 +96,15 @@ FINE_TUNED = {
 }
 SETTINGS = LARGER | SCHEDULES | FINE_TUNED
 
-ALWAYS = "--ascent_start 0"
-BUDGET = "--budget 1.15"
-AT_ANY_LOSS = f"{BUDGET} --ascent_below inf"
 RESULTS = {
     "ERM": Row(epsilon=0, curvature=True),
-    "AMP": Row(ALWAYS, chosen_epsilon=True, curvature=True),
-    "budget 1.15": Row(BUDGET, curvature=True),
+    "AMP()": Row(curvature=True),
+    "budget 1.15": Row("--budget 1.15", curvature=True),
+    "AMP": Row(chosen_epsilon=True, curvature=True),
     "ERM, 2 × the epochs": Row(epsilon=0, epochs=2.0, curvature=True),
 }
-DEFAULTS = {
-    "last 15 %, ε 0.1": Row("--ascent_start 0.85", epsilon=0.1),
-    "budget 1.15": RESULTS["budget 1.15"],
-    "budget 1.15, below 0.1": Row(f"{BUDGET} --ascent_below 0.1", curvature=True),
-}
-SKETCHES = {
-    "budget 1.15, at any loss": Row(AT_ANY_LOSS),
-    "budget 1.15, at any loss, relative ε 0.05": Row(
-        f"{AT_ANY_LOSS} --ball relative", epsilon=0.05
-    ),
-    "budget 1.15, at any loss, ε follows the rate": Row(AT_ANY_LOSS, trainer=RateFollowingRadius),
-}
+# What should need no tuning.
+DEFAULTS = ("AMP()", "budget 1.15")
 HELD_OUT_ERM = "held out, ERM"
 
 
@@ -131,23 +118,21 @@ ONCE, TWICE, SMALLER_RATE = "N = 1, ζ = 1", "N = 2", "ζ = 0.1, 0.03"
 HELD_OUT = {
     HELD_OUT_ERM: Row(epsilon=0, held_out=True),
     **{
-        held_out(epsilon): Row(ALWAYS, epsilon, held_out=True, family=ONCE)
+        held_out(epsilon): Row("", epsilon, held_out=True, family=ONCE)
         for epsilon in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
     },
     **{
-        f"{held_out(epsilon)}, N 2": Row(
-            f"{ALWAYS} --inner_steps 2", epsilon, held_out=True, family=TWICE
-        )
+        f"{held_out(epsilon)}, N 2": Row("--inner_steps 2", epsilon, held_out=True, family=TWICE)
         for epsilon in (0.1, 0.4)
     },
     **{
         f"{held_out(0.2)}, ζ {rate}": Row(
-            f"{ALWAYS} --inner_lr {rate}", 0.2, held_out=True, family=SMALLER_RATE
+            f"--inner_lr {rate}", 0.2, held_out=True, family=SMALLER_RATE
         )
         for rate in (0.03, 0.1)
     },
 }
-ROWS = RESULTS | DEFAULTS | SKETCHES | HELD_OUT
+ROWS = RESULTS | HELD_OUT
 
 # The radii that held-out images chose from.
 TRIED = {
@@ -160,4 +145,3 @@ TRIED = {
     "cifar10 test_vit": (0.02, 0.05, 0.1),
 }
 COMPARED = list(TRIED)
-SKETCHED = ("gtsrb test_resnet", "gtsrb test_resnet short", "gtsrb test_vit")

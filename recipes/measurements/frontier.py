@@ -52,8 +52,9 @@ SETTINGS = {
 FAMILIES = {
     "ERM": dict(color="#000000", marker="o", linestyle="--"),
     "AMP, every step": dict(color="#D55E00", marker="s", linestyle="none"),
-    "AMP for a budget": dict(color="#0072B2", marker="D", linestyle="-"),
-    "AMP for a budget, at any loss": dict(
+    "AMP()": dict(color="#0072B2", marker="s", linestyle="none"),
+    "AMP() for a budget": dict(color="#0072B2", marker="D", linestyle="-"),
+    "AMP, last 60 %, reused": dict(
         color="#0072B2", marker="D", linestyle=":", markerfacecolor="white"
     ),
     "AMP, last 60 %": dict(color="#F0E442", marker="<", linestyle="none", markeredgecolor="black"),
@@ -62,29 +63,29 @@ FAMILIES = {
     "AMP, plain between": dict(color="#CC79A7", marker="v", linestyle="none"),
     "AMP, 1/4 of the batch": dict(color="#E69F00", marker="P", linestyle="none"),
 }
-ALWAYS = "--ascent_start 0"
-LAST_60 = "--ascent_start 0.4"
-ANY = "--ascent_below inf"
+LAST_60, LAST_15 = "--ascent_start 0.4", "--ascent_start 0.85"
+REUSED = f"{LAST_60} --ascent_reuse true --ascent_every"
 ROWS = {
     "ERM": Row(epsilon=0, family="ERM"),
     "ERM, 1.15 × the epochs": Row(epsilon=0, family="ERM", epochs=1.15),
     "ERM, 2 × the epochs": Row(epsilon=0, family="ERM", epochs=2.0),
-    "AMP, ε 0.1": Row(ALWAYS, 0.1, family="AMP, every step"),
-    "AMP, ε 0.2": Row(ALWAYS, 0.2, family="AMP, every step"),
-    "AMP, ε 0.3": Row(ALWAYS, 0.3, family="AMP, every step"),
+    "AMP()": Row(family="AMP()"),
+    "budget 1.15": Row("--budget 1.15", family="AMP() for a budget"),
+    "AMP, ε 0.1": Row(epsilon=0.1, family="AMP, every step"),
+    "AMP, ε 0.2": Row(epsilon=0.2, family="AMP, every step"),
+    "AMP, ε 0.3": Row(epsilon=0.3, family="AMP, every step"),
     "AMP in the last 60 %, ε 0.2": Row(LAST_60, 0.2, family="AMP, last 60 %"),
-    "budget 1.15": Row("--budget 1.15", family="AMP for a budget"),
-    "budget 1.1, at any loss": Row(f"--budget 1.1 {ANY}", family="AMP for a budget, at any loss"),
-    "budget 1.15, at any loss": Row(f"--budget 1.15 {ANY}", family="AMP for a budget, at any loss"),
-    "budget 1.3, at any loss": Row(f"--budget 1.3 {ANY}", family="AMP for a budget, at any loss"),
-    "last 15 % (the default)": Row(family="AMP, last 15 %"),
-    "budget 1.15, at any loss, ε 0.1": Row(f"--budget 1.15 {ANY}", 0.1),
-    "budget 1.15, at any loss, ε 0.2": Row(f"--budget 1.15 {ANY}", 0.2),
-    "budget 1.15, at any loss, ε 0.3": Row(f"--budget 1.15 {ANY}", 0.3),
-    "every 7th step, ε 0.1": Row(f"{ALWAYS} --ascent_every 7", 0.1),
-    "every 7th step, ε 0.2": Row(f"{ALWAYS} --ascent_every 7", 0.2, family="AMP, plain between"),
+    "every 6th, reused, ε 0.7": Row(f"{REUSED} 6", 0.7, family="AMP, last 60 %, reused"),
+    "every 4th, reused, ε 0.7": Row(f"{REUSED} 4", 0.7, family="AMP, last 60 %, reused"),
+    "every 2nd, reused, ε 0.7": Row(f"{REUSED} 2", 0.7, family="AMP, last 60 %, reused"),
+    "AMP in the last 15 %, ε 0.1": Row(LAST_15, 0.1, family="AMP, last 15 %"),
+    "every 4th, reused, ε 0.1": Row(f"{REUSED} 4", 0.1),
+    "every 4th, reused, ε 0.2": Row(f"{REUSED} 4", 0.2),
+    "every 4th, reused, ε 0.3": Row(f"{REUSED} 4", 0.3),
+    "every 7th step, ε 0.1": Row("--ascent_every 7", 0.1),
+    "every 7th step, ε 0.2": Row("--ascent_every 7", 0.2, family="AMP, plain between"),
     "every 7th step, reused, ε 0.2": Row(
-        f"{ALWAYS} --ascent_every 7 --ascent_reuse true", 0.2, family="AMP, reused from the start"
+        "--ascent_every 7 --ascent_reuse true", 0.2, family="AMP, reused from the start"
     ),
     "1/4 of the batch, last 60 %, ε 0.2": Row(
         f"{LAST_60} --ascent_fraction 0.25", 0.2, family="AMP, 1/4 of the batch"
@@ -92,7 +93,7 @@ ROWS = {
     "momentum (MSAM), ε 0.1": Row(epsilon=0.1, trainer=MomentumAscent),
     "previous gradient, ε 0.1": Row(epsilon=0.1, trainer=PreviousGradient),
     "LookSAM, every 5th step, ε 0.1": Row(epsilon=0.1, trainer=LookSAM),
-    "ascents in bf16, ε 0.2": Row(ALWAYS, 0.2, trainer=BF16Ascents),
+    "ascents in bf16, ε 0.2": Row(epsilon=0.2, trainer=BF16Ascents),
 }
 
 

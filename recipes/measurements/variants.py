@@ -3,8 +3,6 @@
 For one process, without gradient accumulation.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers import Trainer
@@ -29,19 +27,6 @@ class BF16Ascents(AMPTrainer):
                 return inner_passes(*args)
 
         self._amp_step._inner_passes = in_bf16
-
-
-class RateFollowingRadius(AMPTrainer):
-    """The radius is ε times the learning rate as a share of its maximum."""
-
-    def training_step(self, *args):
-        rate = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
-        config = self.amp_config
-        self.amp_config = replace(config, epsilon=config.epsilon * rate)
-        try:
-            return super().training_step(*args)
-        finally:
-            self.amp_config = config
 
 
 class FreeAscent(AMPTrainer):
