@@ -120,9 +120,7 @@ class AMPConfig:
         An ascent costs one further pass. Every k-th step of the last part of the training has one,
         and the steps between reuse its Δ. That part is as near to 60 % of the training as a whole k
         allows when all of the budget is spent. It is shorter below 1.1, because a Δ that is reused
-        for many more than six steps does harm. No more than 1.3 is spent: more gained nothing. A Δ
-        that is some steps old raises the loss less than a new one, so its radius is larger than
-        that of AMP at every step: the rise is twice the default, too.
+        for many more than six steps does harm. No more than 1.3 is spent: more gained nothing.
         recipes/measurements/README.md has the measurements, and says where this loses.
 
         Args:
@@ -142,7 +140,7 @@ class AMPConfig:
         # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
         every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)), 6)
         start = max(0.0, round(1 - every * spare, 6))
-        return cls(rise=0.2, ascent_start=start, ascent_every=every, ascent_reuse=True)
+        return cls(ascent_start=start, ascent_every=every, ascent_reuse=True)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

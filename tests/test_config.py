@@ -240,7 +240,7 @@ def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
 
 def test_the_settings_of_the_budget_that_is_recommended():
     assert AMPConfig.for_budget(1.15) == AMPConfig(
-        rise=0.2, ascent_start=0.4, ascent_every=4, ascent_reuse=True
+        ascent_start=0.4, ascent_every=4, ascent_reuse=True
     )
     assert AMPConfig.for_budget(2) == AMPConfig.for_budget(1.3)
 
