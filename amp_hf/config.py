@@ -115,7 +115,7 @@ class AMPConfig:
 
     @classmethod
     def for_budget(cls, budget: float) -> AMPConfig:
-        """The settings that gained most for `budget` times the stock Trainer's time.
+        """`AMPConfig()` with fewer ascents, for `budget` times the stock Trainer's time.
 
         An ascent costs one further pass. Every k-th step of the last part of the training has one,
         and the steps between reuse its Δ. That part is as near to 60 % of the training as a whole k

@@ -310,8 +310,9 @@ class PerturbedStep:
 
     def _begin_radius(self, slope: Tensor) -> None:
         """The first ascent of a run waits for the device, once: nothing is known before."""
-        radius = self._feedback.radius
-        radius.begin(self.run.target, self.trainer.accelerator.reduce(slope, "mean").item())
+        radius, accelerator = self._feedback.radius, self.trainer.accelerator
+        slope = accelerator.reduce(slope.to(accelerator.device), "mean")
+        radius.begin(self.run.target, slope.item())
         self.window.perturbation.epsilon = radius.epsilon or 0.0
 
     def _is_last(self) -> bool:

@@ -229,7 +229,9 @@ def counted_cases(engine):
     counted = {"stock": COUNTED | {"config": {"epsilon": 0}}}
     for scope in MORE_COLLECTIVES[engine]:
         counted |= with_scope(scope, {"counted": COUNTED})
-    return counted
+    steered = COUNTED | {"begins": STEERED, "max_steps": 5}
+    counted |= {"fixed": steered | {"config": {"ascent_start": 0.4}}}
+    return counted | {"counted, steered": steered | {"config": {"epsilon": None}}}
 
 
 def launch(folder, engine, cases, processes=2):
@@ -363,6 +365,14 @@ def test_a_perturbed_step_communicates_no_more_than_it_must(outcomes, engine, sc
         stock, counted = (rank[name]["collectives"] for name in ("stock", f"counted, {scope}"))
         assert counted - stock == MORE_COLLECTIVES[engine][scope]
         assert not stock - counted
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_radius_that_sets_itself_takes_one_exchange_a_step(outcomes, engine):
+    for rank in outcomes(engine):
+        fixed, steered = (rank[name]["collectives"] for name in ("fixed", "counted, steered"))
+        assert steered - fixed == {"c10d.allreduce_": 4}  # the last step's is not waited for
+        assert not fixed - steered
 
 
 @pytest.mark.parametrize("engine", ENGINES)
