@@ -1,10 +1,15 @@
-"""Other libraries' trainers, as they are installed: `pip install -e '.[compat]'`.
+"""Trainers derived from the stock one: transformers' own, and those of other libraries.
 
-With ε = 0 each equals its parent to the bit, with ε > 0 a naive loop of two passes, and a resumed
-run the uninterrupted one.
+The others' are skipped where they are not installed: `pip install -e '.[compat]'`. With ε = 0 each
+equals its parent to the bit, with ε > 0 a naive loop of two passes, and a resumed run the
+uninterrupted one.
 """
 
+import functools
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +17,28 @@ from datasets import Dataset
 from support import always, differing, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 
 from amp_hf import AMPConfig, AMPTrainerMixin
 
 pytestmark = pytest.mark.slow
 
-trl = pytest.importorskip("trl")
-
 WORDS = ["the", "a", "red", "green", "blue", "sign", "stop", "go", "left", "right", "yes", "no"]
 TEXTS = [f"{a} {b} {c}" for a, b, c in itertools.product(WORDS[:2], WORDS[2:5], WORDS[5:])]
+IDS = [[2 + (i * k) % 12 for k in range(1, 7)] for i in range(len(TEXTS))]
 
 
 def tokenizer():
@@ -51,22 +64,128 @@ def network(cls=GPT2LMHeadModel, **kwargs):
     return cls(config)
 
 
+def bert(cls):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    return cls(BertConfig(vocab_size=14, max_position_embeddings=32, **sizes))
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(T5Config(vocab_size=14, decoder_start_token_id=0, **sizes))
+
+
+def encoder(folder):
+    """A SentenceTransformer, which is made of files."""
+    from sentence_transformers import SentenceTransformer
+
+    bert(BertModel).save_pretrained(folder / "bert")
+    tokenizer().save_pretrained(folder / "bert")
+    return SentenceTransformer(str(folder / "bert"), device="cpu")
+
+
+def cross_encoder(folder):
+    from sentence_transformers import CrossEncoder
+
+    bert(BertModel).save_pretrained(folder / "bert")
+    tokenizer().save_pretrained(folder / "bert")
+    torch.manual_seed(0)
+    return CrossEncoder(str(folder / "bert"), num_labels=1, device="cpu")
+
+
+class QuestionAnsweringTrainer(Trainer):
+    """As in the examples of transformers: more arguments, and an evaluation of its own."""
+
+    def __init__(self, *args, eval_examples=None, post_process_function=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_examples = eval_examples
+        self.post_process_function = post_process_function
+
+
+@dataclass
+class Case:
+    """A trainer, its arguments' class, its data, and what makes its model and further arguments."""
+
+    parent: type
+    arguments: type
+    data: dict
+    model: Callable[[Any], Any]
+    own: Callable[[Any], dict] = field(default=lambda model: {"processing_class": tokenizer()})
+
+
 PAIRS = {
     "prompt": [f"{text} " for text in TEXTS],
     "chosen": ["yes"] * len(TEXTS),
     "rejected": ["no"] * len(TEXTS),
 }
-# A trainer of TRL, its arguments, its data and its model.
-CASES = {
-    "SFT": (trl.SFTTrainer, trl.SFTConfig, {"text": TEXTS}, network),
-    "DPO": (trl.DPOTrainer, trl.DPOConfig, PAIRS, network),
-    "Reward": (
-        trl.RewardTrainer,
-        trl.RewardConfig,
-        {"chosen": [f"{t} yes" for t in TEXTS], "rejected": [f"{t} no" for t in TEXTS]},
-        lambda: network(GPT2ForSequenceClassification, num_labels=1),
-    ),
+SPANS = {"input_ids": IDS, "start_positions": [1] * len(IDS), "end_positions": [3] * len(IDS)}
+LIKED = {
+    "prompt": [f"{text} " for text in TEXTS],
+    "completion": ["yes", "no"] * (len(TEXTS) // 2),
+    "label": [True, False] * (len(TEXTS) // 2),
 }
+SCORED = {
+    "sentence1": TEXTS,
+    "sentence2": TEXTS[::-1],
+    "score": [i % 3 / 2 for i in range(len(TEXTS))],
+}
+
+
+def of_transformers(name):
+    def nothing(model):
+        return {}
+
+    if name == "QA":
+        kind = QuestionAnsweringTrainer, TrainingArguments
+        return Case(*kind, SPANS, lambda folder: bert(BertForQuestionAnswering), nothing)
+    kind = Seq2SeqTrainer, Seq2SeqTrainingArguments
+    return Case(*kind, {"input_ids": IDS, "labels": IDS[::-1]}, lambda folder: t5(), nothing)
+
+
+def of_trl(name):
+    trl = pytest.importorskip("trl")
+    kind = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+
+    def beside_reference(model):
+        return {"processing_class": tokenizer(), "ref_model": network()}
+
+    if name == "Reward":
+        data = {"chosen": [f"{t} yes" for t in TEXTS], "rejected": [f"{t} no" for t in TEXTS]}
+        model = functools.partial(network, GPT2ForSequenceClassification, num_labels=1)
+        return Case(*kind, data, lambda folder: model())
+    if name == "SFT":
+        return Case(*kind, {"text": TEXTS}, lambda folder: network())
+    data = {"DPO": PAIRS, "KTO": LIKED}[name]
+    return Case(*kind, data, lambda folder: network(), beside_reference)
+
+
+def of_sentence_transformers(name):
+    sentences = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from sentence_transformers.losses import CosineSimilarityLoss, MultipleNegativesRankingLoss
+
+    if name == "cross-encoder":
+        kind = sentences.CrossEncoderTrainer, sentences.CrossEncoderTrainingArguments
+        return Case(*kind, SCORED, cross_encoder, lambda m: {"loss": BinaryCrossEntropyLoss(m)})
+    kind = sentences.SentenceTransformerTrainer, sentences.SentenceTransformerTrainingArguments
+    if name == "cosine":
+        return Case(*kind, SCORED, encoder, lambda m: {"loss": CosineSimilarityLoss(m)})
+    pairs = {column: SCORED[column] for column in ("sentence1", "sentence2")}
+    return Case(*kind, pairs, encoder, lambda m: {"loss": MultipleNegativesRankingLoss(m)})
+
+
+FROM = {
+    of_transformers: ["Seq2Seq", "QA"],
+    of_trl: ["SFT", "DPO", "KTO", "Reward"],
+    of_sentence_transformers: ["cosine", "negatives", "cross-encoder"],
+}
+NAMES = [name for names in FROM.values() for name in names]
+
+
+@functools.cache
+def case_of(name):
+    return next(make(name) for make, names in FROM.items() if name in names)
 
 
 class Naive:
@@ -94,8 +213,8 @@ class Naive:
 
 
 def trainer_of(name, folder, mixin=None, config=None, **kwargs):
-    parent, arguments, data, model = CASES[name]
-    cls = parent if mixin is None else type("Mixed", (mixin, parent), {})
+    case = case_of(name)
+    cls = case.parent if mixin is None else type("Mixed", (mixin, case.parent), {})
     options = dict(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -111,13 +230,13 @@ def trainer_of(name, folder, mixin=None, config=None, **kwargs):
         disable_tqdm=True,
     )
     own = {"amp_config": config} if config else {}
-    own |= {"ref_model": network()} if name == "DPO" else {}
+    model = case.model(folder)
     return cls(
-        model=model(),
-        args=arguments(**options | kwargs),
-        train_dataset=Dataset.from_dict(data),
-        processing_class=tokenizer(),
+        model=model,
+        args=case.arguments(**options | kwargs),
+        train_dataset=Dataset.from_dict(case.data),
         **own,
+        **case.own(model),
     )
 
 
@@ -127,13 +246,13 @@ def trained(*args, resume=None, **kwargs):
     return weights(trainer.model)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_radius_zero_is_the_parent_to_the_bit(tmp_path, name):
     ours = trained(name, tmp_path, AMPTrainerMixin, AMPConfig(epsilon=0))
     assert not differing(ours, trained(name, tmp_path))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_perturbed_run_is_that_of_a_naive_loop_and_a_resumed_one_is_the_same(tmp_path, name):
     config = always(epsilon=Naive.epsilon)
     save = dict(save_strategy="steps", save_steps=2)
@@ -148,6 +267,8 @@ def test_a_perturbed_run_is_that_of_a_naive_loop_and_a_resumed_one_is_the_same(t
 
 
 def test_grpo_is_refused_but_for_radius_zero(tmp_path):
+    trl = pytest.importorskip("trl")
+
     def grpo(mixin=None, config=None):
         cls = trl.GRPOTrainer if mixin is None else type("Mixed", (mixin, trl.GRPOTrainer), {})
         own = {"amp_config": config} if config else {}
