@@ -18,6 +18,7 @@ from torch.multiprocessing import start_processes
 TIMEOUT = 600  # seconds that processes may take on a machine that is busy with other things
 
 multiprocessing.set_forkserver_preload(["amp_hf.images.classification", "peft", "sklearn.datasets"])
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def in_process(function, *args):
