@@ -23,6 +23,7 @@ def pytest_cmdline_main(config):
     if whole and not looks and not is_worker and getattr(options, "numprocesses", 0) is None:
         options.numprocesses = 2
         options.dist = "loadscope"  # whose scopes are those below
+        options.loadscopereorder = False  # but in the order below
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,6 +43,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
+    # The files that take long come first, so that no process waits for the other's last one.
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,18 +1,12 @@
-"""One rank of test_distributed.py: `distributed_worker.py FOLDER`.
+"""One rank of test_distributed.py."""
 
-FOLDER/runs.pkl holds an engine and the keyword arguments of `run` for each run; what they return
-goes to FOLDER/<rank>.pkl.
-"""
-
+import contextlib
 import copy
 import functools
 import gc
 import os
-import pickle
 import signal
-import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 from accelerate import DistributedType
@@ -122,11 +116,12 @@ def run(folder, cut=None, refused=False, raises=None, **case):
     return {key: first[key] + rest[key] for key in first}
 
 
-def train(folder, stop=None, killed=None, resume=None, first_logs=False, **case):
+def train(folder, stop=None, killed=None, resume=None, first_logs=False, counted=False, **case):
     """Returns the micro-batches and the weights of every step, the logs, and the collectives.
 
     Args:
         first_logs: whether the first rank logs a loss of its own after every step.
+        counted: whether the collectives are counted, which doubles the time.
     """
     windows, weights = [], []
 
@@ -149,7 +144,8 @@ def train(folder, stop=None, killed=None, resume=None, first_logs=False, **case)
     trainer = trainer_of(folder, **case)
     trainer.add_callback(on(["on_step_end"], at_step_end))
     trainer.add_callback(on(["on_substep_end"], in_mid_step))
-    with CommDebugMode() as communication:
+    communication = CommDebugMode()
+    with communication if counted else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=resume)
     return {
         "windows": windows,
@@ -256,6 +252,13 @@ def shard_on_the_cpu():
     AcceleratorState.__init__ = init_with_fsdp
 
 
+def compile_nothing():
+    """DeepSpeed takes minutes to compile collectives that only inference uses, on CPUs."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def whole(model):
     """The parameters, gathered from all ranks."""
     return {
@@ -275,20 +278,17 @@ def whole_tensor(param):
     return param
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def run_all(folder, engine, runs):
+    """What `run` returns for each of `runs`, its keyword arguments by name, on one rank."""
     shard_on_the_cpu()
-    folder = Path(sys.argv[1])
-    engine, runs = pickle.loads((folder / "runs.pkl").read_bytes())
-    # Every `train()` collects garbage: most of its time, if it looks through all of transformers.
-    gc.collect()
-    gc.freeze()
+    if "zero" in engine:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        compile_nothing()
     results = {}
     for name, case in runs.items():
+        # Every `train()` collects garbage: most of its time, if it looks through all of torch.
+        gc.freeze()
         AcceleratorState._reset_state()
         GradientState._reset_state()
         results[name] = run(folder / name, engine=engine, **case)
-    (folder / f"{distributed.get_rank()}.pkl").write_bytes(pickle.dumps(results))
-    distributed.barrier()  # one that leaves early would fail the others
-    distributed.destroy_process_group()
+    return results

@@ -1,12 +1,7 @@
-"""Measures a network on digits and writes what it found: `flatness_worker.py FOLDER`."""
-
-import json
-import sys
-from pathlib import Path
+"""What one of several processes measures of a network on digits."""
 
 import torch
 from support import ConvNet, digits, make, trainer_for, weights
-from torch import distributed
 
 from amp_hf.flatness import LossSurface, measure
 
@@ -21,13 +16,3 @@ def found(folder):
     result = measure(surface, radius=0.5, **SETTINGS).to_dict()
     kept = all(torch.equal(x, before[name]) for name, x in weights(trainer.model).items())
     return result | {"kept": kept, "batches here": len(surface._batches)}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    distributed.init_process_group("gloo")
-    result = found(folder)
-    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(result))
-    distributed.barrier()
-    distributed.destroy_process_group()

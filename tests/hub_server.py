@@ -15,6 +15,8 @@ from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+import transformers.utils.hub
 import yaml
 
 TOKEN = "hf_that_may_do_everything"
@@ -32,6 +34,15 @@ TASK, DATASET = {"type": str}, {"name": str, "type": str}
 METRIC = {"type": str, "value": (int, float, str)}
 RESULT = {"task": TASK, "dataset": DATASET, "metrics": [METRIC]}
 MODEL_INDEX = [{"name": str, "results": [RESULT]}]
+
+
+def use(endpoint, patch):
+    """Lets this process's client know the Hub at `endpoint` alone; `patch` is a MonkeyPatch."""
+    patch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    patch.setattr(transformers.utils.hub, "_hf_api", None)  # knows the other one
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+
 
 Commit = collections.namedtuple("Commit", "sha title files lfs")  # all files, not the changed ones
 

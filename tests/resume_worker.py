@@ -1,15 +1,8 @@
-"""A training run of test_resume.py as a process: `resume_worker.py FOLDER {killed,resumed} CONFIG`.
-
-Writes what the run leaves behind to FOLDER/outcome.pkl. The killed one does not live to do so.
-"""
+"""A training run of test_resume.py."""
 
 import os
-import pickle
 import signal
-import sys
-from pathlib import Path
 
-import torch
 from support import ConvNet, digits, learnt, make, on, outcome, trainer_for
 
 from amp_hf import AMPConfig
@@ -24,6 +17,8 @@ CONFIGS = {
 
 
 def run(folder, mode, config):
+    """What a run leaves behind that is whole, killed or resumed."""
+
     def kill(event, state, control):
         if state.global_step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -49,9 +44,3 @@ def run(folder, mode, config):
     )
     trainer.train(resume_from_checkpoint=True if mode == "resumed" else None)
     return outcome(trainer)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, mode, config = sys.argv[1:]
-    Path(folder, "outcome.pkl").write_bytes(pickle.dumps(run(folder, mode, config)))

@@ -5,21 +5,19 @@ That one is compared with the reference in test_trajectory.py.
 
 import functools
 import pickle
-import subprocess
-import sys
 import time
 
-import distributed_worker
 import pytest
 import reference
 import torch
 from accelerate import ParallelismConfig
+from distributed_worker import run, run_all
+from processes import on_ranks
 from support import amp_gradient, average, make, mean, mlp_loss
+from torch.multiprocessing.spawn import ProcessException
 from transformers.trainer_utils import get_last_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-TIMEOUT = 600  # seconds that a start may take on a machine that is busy with other things
 
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 REPLICATED = ["ddp", "zero1", "zero2"]
@@ -159,7 +157,7 @@ MORE_COLLECTIVES = {
         "batch": {"c10d._allgather_base_": 6, "c10d._reduce_scatter_base_": 6, "c10d.allreduce_": 3}
     },
 }
-COUNTED = dict(gradient_accumulation_steps=2, logging_steps=100)
+COUNTED = dict(counted=True, gradient_accumulation_steps=2, logging_steps=100)
 # Of a trainer that was stopped and resumed, and of one that was not.
 RESUMED = dict(
     net="dropout",
@@ -234,17 +232,6 @@ def counted_cases(engine):
     return counted | {"counted, steered": steered | {"config": {"epsilon": None}}}
 
 
-def launch(folder, engine, cases, processes=2):
-    (folder / "runs.pkl").write_bytes(pickle.dumps((engine, cases)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *torchrun, distributed_worker.__file__, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-
-
-def results(folder, processes=2):
-    return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """The results of all cases of an engine, run in one start of two processes.
@@ -254,12 +241,10 @@ def outcomes(tmp_path_factory):
 
     @functools.cache
     def results_or_error(engine):
-        folder = tmp_path_factory.mktemp(engine)
         try:
-            done = launch(folder, engine, cases_of(engine))
-        except subprocess.TimeoutExpired as error:
+            return on_ranks(run_all, tmp_path_factory.mktemp(engine), engine, cases_of(engine))
+        except (ProcessException, TimeoutError) as error:
             return str(error)
-        return results(folder) if done.returncode == 0 else done.stderr[-4000:]
 
     def of(engine):
         found = results_or_error(engine)
@@ -272,7 +257,7 @@ def outcomes(tmp_path_factory):
 
 @functools.cache
 def alone(case):
-    return distributed_worker.run("/tmp/unused", **pickle.loads(case))
+    return run("/tmp/unused", **pickle.loads(case))
 
 
 _OF_ENGINES = ("ddp", "fsdp", "deepspeed", "loss_scale", "eval_dataset")
@@ -320,10 +305,10 @@ def test_hybrid_shards_train_as_one_process_does(tmp_path):
     """Four processes: two replicas of two shards each."""
     case = dict(net="odd", config={"inner_steps": 2, "scope": "batch"})
     plan = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
-    done = launch(tmp_path, "fsdp2", {"run": case | {"parallelism_config": plan}}, processes=4)
-    assert done.returncode == 0, done.stderr[-4000:]
+    cases = {"run": case | {"parallelism_config": plan}}
+    ranks = on_ranks(run_all, tmp_path, "fsdp2", cases, processes=4)
     one = alone(pickle.dumps(case | {"gradient_accumulation_steps": 4}))["weights"]
-    for rank in results(tmp_path, processes=4):
+    for rank in ranks:
         for actual, expected in zip(rank["run"]["weights"], one, strict=True):
             for key, value in expected.items():
                 torch.testing.assert_close(actual[key], value, rtol=0, atol=1e-12)
@@ -425,15 +410,14 @@ def test_what_would_not_be_exact_is_refused_in_one_line_by_the_constructor(outco
 def test_a_killed_rank_ends_all_in_bounded_time_and_the_run_resumes(outcomes, tmp_path, engine):
     case = RESUMED | {"save_strategy": "steps", "save_steps": 2}
     start = time.monotonic()
-    killed = launch(tmp_path, engine, {"run": case | {"killed": 3}})
+    with pytest.raises(ProcessException, match=r"SIGKILL|closed by peer"):  # who is seen first
+        on_ranks(run_all, tmp_path, engine, {"run": case | {"killed": 3}})
     assert time.monotonic() - start < 300  # the timeouts of the engines are half an hour
-    assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert get_last_checkpoint(tmp_path / "run").endswith("checkpoint-2")
-    resumed = launch(tmp_path, engine, {"run": case | {"resume": True}})
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
-    for rank, run in zip(outcomes(engine), results(tmp_path)):
+    resumed = on_ranks(run_all, tmp_path, engine, {"run": case | {"resume": True}})
+    for rank, own in zip(outcomes(engine), resumed):
         for expected, actual in zip(
-            rank["whole"]["weights"][2:], run["run"]["weights"], strict=True
+            rank["whole"]["weights"][2:], own["run"]["weights"], strict=True
         ):
             for key, value in expected.items():
                 assert torch.equal(actual[key], value), key

@@ -1,14 +1,12 @@
 import functools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import flatness_worker
 import numpy as np
 import pytest
 import torch
+from processes import on_ranks
 from support import (
     THETA,
     ConvNet,
@@ -324,11 +322,8 @@ def test_attention_has_a_curvature(kind):
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(tmp_path):
     """Each on its share of the batches, the last of which is smaller."""
-    worker = Path(flatness_worker.__file__)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
-    subprocess.run([sys.executable, *command, tmp_path], check=True, capture_output=True)
+    two = on_ranks(flatness_worker.found, tmp_path)
     one = flatness_worker.found(tmp_path)
-    two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert one.pop("batches here") == sum(result.pop("batches here") for result in two) == 7
     assert two[0] == two[1]
     assert one.pop("kept") and two[0].pop("kept")

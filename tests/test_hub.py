@@ -11,15 +11,16 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import hub_worker
 import huggingface_hub.constants
 import pytest
 import safetensors.torch
-import torch
-import transformers.utils.hub
-from hub_server import Hub
+from hub_server import Hub, use
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from images import parquet_folder, rows
+from processes import on_ranks
+from scripts import RECIPES, run_here
 from support import MLP, always, differing, make, on, trainer_for, weights
 from transformers import Trainer
 
@@ -28,7 +29,6 @@ from amp_hf.images import comparison
 from amp_hf.images.classification import main
 from amp_hf.images.pushing import HubError, RecipeTrainer
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
 REPO = "someone/digits"
 
@@ -37,10 +37,7 @@ REPO = "someone/digits"
 def hub(monkeypatch):
     """One that this process's client knows, too."""
     with Hub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # knows the other one
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        use(hub.endpoint, monkeypatch)
         yield hub
 
 
@@ -75,27 +72,32 @@ def pushes(hub, **kwargs):
     return requests, hub.repos[REPO].branches["main"]
 
 
-def recipe(hub, folder, data, *words, token=True):
-    command = [sys.executable, RECIPES / "train_cifar10.py", *SMALL.split(), "--dataset", data]
-    command += ["--output_dir", folder / "out", "--push_to_hub", "--hub_model_id", REPO, *words]
-    env = hub.environment(folder / "home", **({} if token else {"token": None}))
-    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+def recipe(monkeypatch, folder, data, *words):
+    words = ["--dataset", data, "--output_dir", folder / "out", *words]
+    push = ["--push_to_hub", "--hub_model_id", REPO]
+    run_here(RECIPES / "train_cifar10.py", monkeypatch, *SMALL.split(), *words, *push)
 
 
 LOAD = """
 import sys
 sys.modules["amp_hf"] = None  # as if it were not installed
+import huggingface_hub.constants
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-repo, revision, picture, trust = sys.argv[1:]
+repo, revision, folder, picture, trust = sys.argv[1:]
 code = {"trust_remote_code": trust == "True"}
-model = AutoModelForImageClassification.from_pretrained(repo, revision=revision, **code)
-processor = AutoImageProcessor.from_pretrained(repo, revision=revision)
-inputs = processor(Image.open(picture).convert("RGB"))
-torch.save(model(**inputs).logits.detach(), picture + ".pt")
-predict = pipeline("image-classification", model=repo, revision=revision, **code)
-print(predict(picture, top_k=1)[0]["label"])
+try:
+    AutoModelForImageClassification.from_pretrained(repo, revision=revision, token=False, **code)
+except OSError as error:  # a stranger's
+    print(str(error).splitlines()[0])
+for source, revision in ((repo, revision), (folder, "main")):
+    model = AutoModelForImageClassification.from_pretrained(source, revision=revision, **code)
+    processor = AutoImageProcessor.from_pretrained(source, revision=revision)
+    logits = model(**processor(Image.open(picture).convert("RGB"))).logits
+    predict = pipeline("image-classification", model=source, revision=revision, **code)
+    print(logits.tolist(), predict(picture, top_k=1)[0]["label"])
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # the folder needs no Hub
 """
 
 
@@ -108,43 +110,40 @@ SMALL_PREACT = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "code"), [([], False), (SMALL_PREACT, True)])
-def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(tmp_path, model, code):
+def test_a_pushed_model_is_loaded_by_a_process_that_has_the_hub_alone(
+    tmp_path, hub, monkeypatch, capsys, model, code
+):
     data = parquet_folder(tmp_path / "data", train=64, test=32)
     picture = tmp_path / "one.png"
     rows(300, 301)[0]["img"].save(picture)
-    with Hub() as hub:
-        branch = ["--hub_private_repo", "true", "--hub_revision", "flat"]
-        done = recipe(hub, tmp_path, data, *branch, *model)
-        assert done.returncode == 0, done.stderr
-        trust = ", trust_remote_code=True" if code else ""
-        assert f'/out"{trust})' in done.stdout
-        assert hub.private(REPO)
-        assert hub.commits(REPO, "flat")[-1] == "End of training"
-        assert hub.commits(REPO) == ["initial commit"]
-        files = hub.files(REPO, "flat")
-        assert {"model.safetensors", "config.json", "README.md", "amp_config.json"} <= files.keys()
-        card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
-        source = f'"{REPO}", revision="flat"'
-        assert f'pipeline("image-classification", model={source}{trust})' in card.text
-        first_push = hub.repos[REPO].branches["flat"][1].files
-        assert ("models.py" in files) == ("models.py" in first_push) == code
-        assert hub.commits(REPO, "flat")[1] == "Training in progress, epoch 1" or not code
-        assert card.data.eval_results and str(tmp_path) not in card.content
-        assert hub.cards[-1] == card.content  # what the Hub was asked to validate
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    branch = ["--hub_private_repo", "true", "--hub_revision", "flat"]
+    recipe(monkeypatch, tmp_path, data, *branch, *model)
+    trust = ", trust_remote_code=True" if code else ""
+    assert f'/out"{trust})' in capsys.readouterr().out
+    assert hub.private(REPO)
+    assert hub.commits(REPO, "flat")[-1] == "End of training"
+    assert hub.commits(REPO) == ["initial commit"]
+    files = hub.files(REPO, "flat")
+    assert {"model.safetensors", "config.json", "README.md", "amp_config.json"} <= files.keys()
+    card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
+    source = f'"{REPO}", revision="flat"'
+    assert f'pipeline("image-classification", model={source}{trust})' in card.text
+    first_push = hub.repos[REPO].branches["flat"][1].files
+    assert ("models.py" in files) == ("models.py" in first_push) == code
+    assert hub.commits(REPO, "flat")[1] == "Training in progress, epoch 1" or not code
+    assert card.data.eval_results and str(tmp_path) not in card.content
+    assert hub.cards[-1] == card.content  # what the Hub was asked to validate
 
-        command = [sys.executable, "-c", LOAD, REPO, "flat", str(picture), str(code)]
-        env = hub.environment(tmp_path / "another home")
-        loaded = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
-        assert loaded.returncode == 0, loaded.stderr
-        stranger = hub.environment(tmp_path / "third home", token=None)
-        refused = subprocess.run(command, env=stranger, capture_output=True, text=True)
-        assert refused.returncode != 0 and "not a valid model identifier" in refused.stderr
-
-    local = [sys.executable, "-c", LOAD, str(tmp_path / "out"), "main", str(picture), str(code)]
-    pushed = torch.load(f"{picture}.pt")
-    again = subprocess.run(local, capture_output=True, text=True, check=True)
-    assert torch.equal(pushed, torch.load(f"{picture}.pt"))
-    assert loaded.stdout == again.stdout
+    command = [sys.executable, "-c", LOAD, REPO, "flat", tmp_path / "out", picture, code]
+    env = hub.environment(tmp_path / "another home")
+    done = subprocess.run(
+        list(map(str, command)), env=env, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    refused, pushed, saved = done.stdout.splitlines()
+    assert "not a valid model identifier" in refused
+    assert pushed == saved
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
@@ -220,17 +219,10 @@ def test_an_amp_trainer_fails_to_push_as_the_stock_trainer_does(tmp_path, hub, s
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_push_once(tmp_path):
-    worker = Path(__file__).with_name("hub_worker.py")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
-    with Hub() as hub:
-        done = subprocess.run(
-            [sys.executable, *map(str, command), str(tmp_path / "out"), REPO],
-            env=hub.environment(tmp_path / "home"), capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert hub.commits(REPO).count("End of training") == 1
-        assert "README.md" in hub.files(REPO)
+def test_two_processes_push_once(tmp_path, hub):
+    on_ranks(hub_worker.push, hub.endpoint, tmp_path, REPO)
+    assert hub.commits(REPO).count("End of training") == 1
+    assert "README.md" in hub.files(REPO)
 
 
 FAILURES = {
@@ -274,9 +266,8 @@ def test_when_a_push_fails_the_model_is_safe_and_one_command_pushes_it(tmp_path,
     assert safetensors.torch.load(hub.files(REPO)["model.safetensors"]).keys() == saved.keys()
 
 
-@pytest.mark.slow
-def test_a_connection_that_is_dropped_amid_the_weights_loses_nothing(tmp_path, hub):
-    """The client tries for 23 seconds, whatever it is told."""
+def test_a_connection_that_is_dropped_amid_the_weights_loses_nothing(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's, 23 seconds in all
     trainer = pushing(tmp_path, hub)
     trainer.train()
     hub.drop("PUT /lfs/")
@@ -356,25 +347,31 @@ def test_a_hub_that_refuses_at_the_start_is_told_of_before_anything_is_trained(
 
 
 @pytest.mark.slow
-def test_a_recipe_ends_with_one_line_when_the_token_is_missing_or_the_push_fails(tmp_path):
+def test_a_recipe_ends_with_one_line_when_the_token_is_missing_or_the_push_fails(
+    tmp_path, hub, monkeypatch, capsys
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     data = parquet_folder(tmp_path / "data", train=32, test=32)
-    with Hub() as hub:
-        done = recipe(hub, tmp_path, data, token=False)
-        assert done.returncode == 2
-        (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert "cannot be pushed to: 401 Unauthorized (the token is missing" in line
-        assert "Traceback" not in done.stderr
-        hub.fail("POST /api/models/.*/commit/", 500)
-        done = recipe(hub, tmp_path, data)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert re.search(
-        r"train_cifar10.py: error: The push to someone/digits failed: 500 ", done.stderr
-    )
+    with pytest.raises(SystemExit) as exit:
+        recipe(monkeypatch, tmp_path, data)
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    (line,) = [line for line in err.splitlines() if "error:" in line]
+    assert "cannot be pushed to: 401 Unauthorized (the token is missing" in line
+    assert "Traceback" not in err
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.fail("POST /api/models/.*/commit/", 500)
+    with pytest.raises(SystemExit) as exit:
+        recipe(monkeypatch, tmp_path, data)
+    assert exit.value.code == 1
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert "train_cifar10.py: error: The push to someone/digits failed: 500 " in err
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "test_accuracy" in (tmp_path / "out" / "all_results.json").read_text()
     assert "## Results" in (tmp_path / "out" / "README.md").read_text()
-    assert hub.token not in done.stderr + done.stdout
+    assert hub.token not in err + out
 
 
 @pytest.mark.slow

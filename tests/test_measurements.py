@@ -1,7 +1,9 @@
 """The scripts of recipes/measurements, and its README.md, whose tables are those of the JSON."""
 
 import dataclasses
+import functools
 import json
+import multiprocessing
 
 import benchmark_step
 import erm_comparison
@@ -12,10 +14,12 @@ import pytest
 import runs
 import torch
 from images import parquet_folder
+from processes import FORKS
 from scripts import RECIPES, error_of, main_of
 from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.flatness import LossSurface
 
 MEASUREMENTS = RECIPES / "measurements"
 
@@ -31,6 +35,7 @@ def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
 ):
     """Times mean nothing here; that memory is counted does."""
     names = ["AMPTrainer", benchmark_step.AUGMENTING]
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)  # import nothing
     some = {name: benchmark_step.TRAINERS[name] for name in names}
     monkeypatch.setattr(benchmark_step, "TRAINERS", some)
     words = [
@@ -128,6 +133,8 @@ def test_the_tables_of_the_frontier_are_those_of_its_results():
 def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
     """Of a network from scratch and of one that was trained here, one seed and then another."""
     parquet_folder(tmp_path / "gtsrb", train=48, test=40)
+    few = functools.partialmethod(LossSurface.top_eigenvalue, max_iterations=3)
+    monkeypatch.setattr(LossSurface, "top_eigenvalue", few)
     monkeypatch.setattr(runs, "CACHE", str(tmp_path / "cache"))
     for key in erm_comparison.GRID:
         setting = dataclasses.replace(erm_comparison.SETTINGS[key], epochs=1)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shlex
 import shutil
@@ -8,13 +9,16 @@ import sys
 import datasets
 import pytest
 import search_epsilon
-import sharded_recipe
 import torch
+import torch.distributed.run
 import train_cifar10
 import train_digits
+from accelerate.commands.launch import launch_command, launch_command_parser
 from huggingface_hub import ModelCard
 from images import parquet_folder, rows
 from PIL import Image
+from processes import on_ranks
+from recipe_worker import run_recipe
 from scripts import RECIPES, error_of, main_of, run_here
 from support import differing
 from transformers import AutoModelForImageClassification
@@ -31,14 +35,6 @@ CONFIGS = sorted((RECIPES / "accelerate").iterdir())
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 2"
 
 
-def run(*command, **kwargs):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, **kwargs
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def results(folder):
     return json.loads((folder / "all_results.json").read_text())
 
@@ -51,9 +47,13 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_path):
-    out = run(RECIPES / "train_digits.py", "--seeds=2", "--epochs=2", f"--output_dir={tmp_path}")
-    assert "200 training images, n = 2 seeds" in out
+def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(
+    tmp_path, monkeypatch, capsys
+):
+    words = ["--seeds=2", "--epochs=2", "--train_samples=50", f"--output_dir={tmp_path}"]
+    run_here(RECIPES / "train_digits.py", monkeypatch, *words)
+    out = capsys.readouterr().out
+    assert "50 training images, n = 2 seeds" in out
     assert "Reloaded, it predicts the same: True" in out
     table = {line.split()[0]: line for line in out.splitlines() if "±" in line}
     saved = results(tmp_path)
@@ -69,28 +69,33 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(tmp_p
 
 
 @pytest.mark.slow
-def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data):
+def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data, monkeypatch, capsys):
     folder = tmp_path / 'a "flat" model'
-    command = [RECIPES / "train_cifar10.py", *SMALL.split(), "--dataset", data]
-    command += ["--output_dir", folder, "--validation_fraction=0.25", "--epsilon=0.2"]
-    out = run(*command, "--max_eval_samples=50")
+    words = [*SMALL.split(), "--dataset", data, "--output_dir", folder]
+    words += ["--validation_fraction=0.25", "--epsilon=0.2", "--max_eval_samples=50"]
+    run_here(RECIPES / "train_cifar10.py", monkeypatch, *words)
     found = results(folder)
     for split in ("eval", "test"):
         assert {f"{split}_{name}" for name in ("accuracy", "nll", "ece")} <= found.keys()
     assert found["epoch"] == 2.0
     assert AMPConfig.from_json_file(folder / "amp_config.json").epsilon == 0.2
-    assert rf'pipeline("image-classification", model="{tmp_path}/a \"flat\" model")' in out
+    assert (
+        rf'pipeline("image-classification", model="{tmp_path}/a \"flat\" model")'
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
-def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data, monkeypatch):
+def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monkeypatch, capsys):
     """The ERM baseline, the flatness, further splits and pictures, each of a real run."""
     folder = tmp_path / "data"
-    parquet_folder(folder, train=96, test=40)
+    parquet_folder(folder, train=32, test=40)
     rows(200, 240).to_parquet(folder / "data" / "contrast-00000-of-00001.parquet")
-    command = [RECIPES / "train_gtsrb.py", *SMALL.split(), "--dataset", folder]
-    command += ["--output_dir", tmp_path / "out", "--ascent_start=0", "--compare_erm", "--flatness"]
-    out = run(*command, "--eval_splits", "contrast", "--license=mit")
+    words = [*SMALL.split(), "--dataset", folder, "--output_dir", tmp_path / "out"]
+    words += ["--ascent_start=0", "--compare_erm", "--flatness"]
+    words += ["--eval_splits", "contrast", "--license=mit"]
+    run_here(RECIPES / "train_gtsrb.py", monkeypatch, *words)
+    assert "README.md (its card)" in capsys.readouterr().out
     folder = tmp_path / "out"
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
     assert "More information needed" not in card.text
@@ -112,15 +117,15 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
     by_split = {result.dataset_split for result in card.data.eval_results}
     assert by_split == {"test", "contrast"}
     flatness = json.loads((folder / "flatness.json").read_text())
-    assert flatness["AMP"]["samples"] == 96
+    assert flatness["AMP"]["samples"] == 32
     for name, path in (("AMP", folder), ("ERM", folder / "_erm")):  # of the images as they are
         model = AutoModelForImageClassification.from_pretrained(path).eval()
         geometry, mean, std = preprocessing(model)
         plain = image_data.ImageDataset(
-            rows(0, 96), "img", "label", geometry, eval_transform(mean, std)
+            rows(0, 32), "img", "label", geometry, eval_transform(mean, std)
         )
         with torch.no_grad():
-            loss = model(**plain.__getitems__(list(range(96)))).loss.item()
+            loss = model(**plain.__getitems__(list(range(32)))).loss.item()
         assert flatness[name]["loss"] == pytest.approx(loss, rel=1e-4)
     # The baseline is what the stock Trainer trains from the same seed, and stays off the Hub.
     stock = [*SMALL.split(), "--dataset", tmp_path / "data", "--epsilon=0"]
@@ -130,7 +135,6 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, data
         for path in (folder / "_erm", tmp_path / "stock")
     )
     assert differing(baseline, expected) == []
-    assert "README.md (its card)" in out
 
 
 def test_pictures_without_matplotlib_are_refused_before_the_training(
@@ -143,29 +147,38 @@ def test_pictures_without_matplotlib_are_refused_before_the_training(
     assert "draw pictures: pip install matplotlib." in capsys.readouterr().err
 
 
+def torchrun(args):
+    """What `accelerate launch` calls, but with forks instead of commands."""
+    words = args.training_script, *args.training_script_args
+    on_ranks(run_recipe, dict(os.environ), *words, processes=int(args.nproc_per_node))
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "config", sorted((RECIPES / "accelerate").iterdir()), ids=lambda path: path.stem
-)
-def test_every_accelerate_config_starts_a_recipe_that_saves_a_model(tmp_path, data, config):
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_accelerate_config_starts_a_recipe_that_saves_a_model(
+    tmp_path, data, monkeypatch, config
+):
+    is_a_command = config.stem == "ddp"
     recipe = [RECIPES / "train_gtsrb.py"]
-    if config.stem == "fsdp2":
-        recipe.insert(0, sharded_recipe.__file__)
     if config.suffix == ".json":
         recipe += ["--deepspeed", config]
         config = config.with_name("ddp.yaml")
     if config.stem == "zero3":  # where a model that is loaded is sharded, too
         recipe += ["--flatness"]
-    run(
-        *("-m", "accelerate.commands.launch", "--config_file", config, *recipe),
-        *f"{SMALL} --per_device_train_batch_size=8 --dataset={data}".split(),
-        *f"--ascent_start=0 --logging_steps=1 --output_dir={tmp_path}".split(),
-    )
+    words = ["--config_file", config, *recipe, *SMALL.split(), "--dataset", data]
+    words += ["--per_device_train_batch_size=8", "--max_train_samples=16", "--ascent_start=0"]
+    words = list(map(str, [*words, "--logging_steps=1", "--output_dir", tmp_path]))
+    if is_a_command:
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        subprocess.run(command + words, check=True)
+    else:
+        monkeypatch.setattr(torch.distributed.run, "run", torchrun)
+        launch_command(launch_command_parser().parse_args(words))
     if config.stem == "zero3":
-        assert json.loads((tmp_path / "flatness.json").read_text())["AMP"]["samples"] == 160
+        assert json.loads((tmp_path / "flatness.json").read_text())["AMP"]["samples"] == 16
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert state["global_step"] == 320 // (8 if config.stem == "single" else 16)
+    assert state["global_step"] == 32 // (8 if config.stem == "single" else 16)
     norms = [entry["amp/delta_norm"] for entry in state["log_history"][:-1]]
     assert norms == pytest.approx([0.1] * state["global_step"], rel=1e-6)
     assert all(entry["amp/sharpness"] != 0 for entry in state["log_history"][:-1])
@@ -354,7 +367,7 @@ def test_a_last_batch_of_one_image_is_dropped(tmp_path, data):
 
 @pytest.mark.slow
 def test_a_process_of_the_digits_recipe_ends_with_code_1_and_one_line():
-    command = [sys.executable, RECIPES / "train_digits.py", "--epochs=1", "--perturb=nope"]
+    command = [sys.executable, RECIPES / "train_digits.py", "--budget=0"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -430,8 +443,8 @@ def test_two_processes_evaluate_as_one_does(tmp_path, data, monkeypatch):
     common += ["--dataset", data, "--max_eval_samples=79", "--per_device_eval_batch_size=16"]
     common += ["--learning_rate=0", "--ascent_start=0.9"]
     run_here(RECIPES / "train_gtsrb.py", monkeypatch, *common, "--output_dir", tmp_path / "1")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run(*torchrun, RECIPES / "train_gtsrb.py", *common, "--output_dir", tmp_path / "2")
+    two = [*common, "--output_dir", tmp_path / "2"]
+    on_ranks(run_recipe, {}, *map(str, [RECIPES / "train_gtsrb.py", *two]))
     states = [json.loads((tmp_path / n / "trainer_state.json").read_text()) for n in "12"]
     assert [state["global_step"] for state in states] == [4, 2]  # 128 images a process
     one, two = results(tmp_path / "1"), results(tmp_path / "2")

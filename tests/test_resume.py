@@ -1,20 +1,8 @@
-import pickle
-import signal
-import subprocess
-import sys
-
 import pytest
 import resume_worker
+from processes import in_process
+from torch.multiprocessing import ProcessExitedException
 from transformers.trainer_utils import get_last_checkpoint
-
-
-def start(folder, mode, config):
-    return subprocess.Popen(
-        [sys.executable, resume_worker.__file__, folder, mode, config],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.slow
@@ -32,16 +20,11 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one_to_the_b
     tmp_path, config, ascents
 ):
     folder = tmp_path / "cut"
-    killed = start(folder, "killed", config)
     expected = resume_worker.run(tmp_path / "whole", "whole", config)
-    error = killed.communicate()[1]
-    assert killed.returncode == -signal.SIGKILL, error
-    assert not (folder / "outcome.pkl").exists()
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        in_process(resume_worker.run, folder, "killed", config)
     assert get_last_checkpoint(folder) == str(folder / "checkpoint-9")  # in the second epoch
-    resumed = start(folder, "resumed", config)
-    error = resumed.communicate()[1]
-    assert resumed.returncode == 0, error
-    actual = pickle.loads((folder / "outcome.pkl").read_bytes())
+    actual = in_process(resume_worker.run, folder, "resumed", config)
     for run in (expected, actual):
         assert [entry["step"] for entry in run["logs"] if "amp/loss" in entry] == ascents
         del run["logs"][-1]["train_loss"]  # a mean over the call of `train`, here of a part
