@@ -92,7 +92,7 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monk
     parquet_folder(folder, train=32, test=40)
     rows(200, 240).to_parquet(folder / "data" / "contrast-00000-of-00001.parquet")
     words = [*SMALL.split(), "--dataset", folder, "--output_dir", tmp_path / "out"]
-    words += ["--ascent_start=0", "--compare_erm", "--flatness"]
+    words += ["--epsilon=0.1", "--compare_erm", "--flatness"]
     words += ["--eval_splits", "contrast", "--license=mit"]
     run_here(RECIPES / "train_gtsrb.py", monkeypatch, *words)
     assert "README.md (its card)" in capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_every_accelerate_config_starts_a_recipe_that_saves_a_model(
     if config.stem == "zero3":  # where a model that is loaded is sharded, too
         recipe += ["--flatness"]
     words = ["--config_file", config, *recipe, *SMALL.split(), "--dataset", data]
-    words += ["--per_device_train_batch_size=8", "--max_train_samples=16", "--ascent_start=0"]
+    words += ["--per_device_train_batch_size=8", "--max_train_samples=16", "--epsilon=0.1"]
     words = list(map(str, [*words, "--logging_steps=1", "--output_dir", tmp_path]))
     if is_a_command:
         command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -216,7 +216,14 @@ def test_every_amp_field_is_an_argument(tmp_path):
 @pytest.mark.slow
 def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tmp_path, data):
     """Resumed after one epoch of two, against two epochs in one go."""
-    common = [*SMALL.split(), "--dataset", data, "--ascent_start=0.25", "--logging_steps=1"]
+    common = [
+        *SMALL.split(),
+        "--dataset",
+        data,
+        "--epsilon=0.1",
+        "--ascent_start=0.25",
+        "--logging_steps=1",
+    ]
     common += ["--per_device_train_batch_size=8", "--learning_rate=0.01"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
@@ -399,7 +406,7 @@ def test_a_search_in_which_every_epsilon_does_harm_recommends_none(
     tmp_path, data, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    words = ["--dataset", data, "--ascent_start=0", "--trials=1", "--lowest=20", "--highest=30"]
+    words = ["--dataset", data, "--trials=1", "--lowest=20", "--highest=30"]
     main_of(search_epsilon, monkeypatch, *SMALL.split(), *words)
     out = capsys.readouterr().out
     assert "No epsilon was better than none: 2" in out
@@ -412,7 +419,7 @@ def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_w
 ):
     monkeypatch.chdir(tmp_path)
     words = [word for word in SMALL.split() if word not in ("--num_train_epochs", "2")]
-    words += ["--dataset", data, "--ascent_start=0", "--max_train_samples=16"]
+    words += ["--dataset", data, "--max_train_samples=16"]
     monkeypatch.setitem(train_cifar10.FROM_SCRATCH_DEFAULTS, "num_train_epochs", 1)
     epochs = []
     original = AMPTrainer.evaluate
@@ -441,7 +448,7 @@ def test_two_processes_evaluate_as_one_does(tmp_path, data, monkeypatch):
     """79 test images over two processes: the one that fills up the last batch is not counted."""
     common = [*SMALL.split(), "--model=test_vit", "--image_size=32"]
     common += ["--dataset", data, "--max_eval_samples=79", "--per_device_eval_batch_size=16"]
-    common += ["--learning_rate=0", "--ascent_start=0.9"]
+    common += ["--learning_rate=0", "--epsilon=0.1", "--ascent_start=0.9"]
     run_here(RECIPES / "train_gtsrb.py", monkeypatch, *common, "--output_dir", tmp_path / "1")
     two = [*common, "--output_dir", tmp_path / "2"]
     on_ranks(run_recipe, {}, *map(str, [RECIPES / "train_gtsrb.py", *two]))
