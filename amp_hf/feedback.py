@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -50,7 +51,8 @@ class Feedback:
         while len(self._past) > 1:
             target, loss, perturbed_loss, delta_norm = _read(self._past.popleft())
             self.radius.observe(loss)
-            if delta_norm > 0:  # else Δ was not finite, or there was none
+            # Where the batch was bad or Δ not finite, and so zero, nothing is learnt about Δ.
+            if math.isfinite(loss) and delta_norm > 0:
                 self.radius.steer(target, perturbed_loss - loss)
         self._target = self.radius.target(rise, epochs, progress)
         return self._target
