@@ -278,6 +278,21 @@ def test_a_bad_micro_batch_beside_a_good_one_leaves_the_radius_alone(tmp_path, v
     assert norms[13 - 6] != pytest.approx(norms[12 - 6], rel=1e-3)
 
 
+def test_the_micro_batches_that_a_stream_ends_with_count_for_no_step(tmp_path):
+    """The Trainer steps only once the next epoch has begun."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from [*digits()[:16]] * 3
+
+    options = dict(max_steps=6, gradient_accumulation_steps=2, learning_rate=0.0)
+    options |= dict(save_strategy="steps", save_steps=6)
+    trainer = train(make(), tmp_path, ITSELF, data=Stream(), **options)
+    kept = trainer.state.stateful_callbacks["amp_hf"]["feedback"]
+    losses = [kept["radius"]["loss"], *(loss for _, loss, *_ in kept["past"])]
+    assert losses == pytest.approx([kept["radius"]["first_loss"]] * len(losses), rel=1e-5)
+
+
 def test_what_streams_without_an_end_is_seen_once(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
