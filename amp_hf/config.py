@@ -184,7 +184,8 @@ class AMPConfig:
 
         The first ⌊ascent_start · max_steps⌋ steps are plain, so there is at least one ascent; from
         there on, every `ascent_every`-th step has one. With `ascent_reuse` the step after a
-        checkpoint has one, too, from which the next is counted.
+        checkpoint has one, too, from which the next is counted. Where `epsilon` sets itself, the
+        rule leaves more steps plain than that.
         """
         since = self._steps_since_start(step, max_steps)
         return self.epsilon != 0 and since >= 0 and since % self.ascent_every == 0

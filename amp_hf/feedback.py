@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -39,43 +40,35 @@ class Feedback:
     def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None) -> None:
         self._accelerator = accelerator
         self.radius = Radius(**state["radius"]) if state else Radius()
-        # Of past steps, the oldest first, and the sums over the micro-batches of the present one.
+        # Of past steps, the oldest first.
         self._past: deque[_Measured | list[float]] = deque(state["past"] if state else [])
         self._target = 0.0
-        self._sums: Tensor | None = None
 
     def next_step(self, rise: float, epochs: int, progress: float) -> float:
-        """The present step is over, if there is one. Returns the next one's `Radius.target`."""
-        self._close()
+        """Returns the `Radius.target` of the step that begins."""
         while len(self._past) > 1:
             target, loss, perturbed_loss, delta_norm = _read(self._past.popleft())
             self.radius.observe(loss)
-            if delta_norm > 0:  # else Δ was not finite, or there was none
+            # Where the batch was bad or Δ not finite, and so zero, nothing is learnt about Δ.
+            if math.isfinite(loss) and delta_norm > 0:
                 self.radius.steer(target, perturbed_loss - loss)
         self._target = self.radius.target(rise, epochs, progress)
         return self._target
 
-    def add(self, loss: Tensor, perturbed_loss: Tensor, delta_norm: Tensor) -> None:
-        """One micro-batch: its share of the step's losses at θ and at θ + Δ, and of ‖Δ‖₂.
+    def add(self, measured: Tensor) -> None:
+        """The present step is over, on all ranks together.
 
-        Where it is not perturbed, the losses are one, and ‖Δ‖₂ is 0.
+        Args:
+            measured: on this rank, the losses at θ and at θ + Δ, and ‖Δ‖₂. Where the step is plain,
+                the losses are one, and ‖Δ‖₂ is 0.
         """
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        values = [value.to(loss.device, dtype) for value in (loss, perturbed_loss, delta_norm)]
-        sums = torch.stack(values)
-        self._sums = sums if self._sums is None else self._sums + sums
+        means = self._accelerator.reduce(measured, reduction="mean")
+        self._past.append(_Measured(self._target, means))
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint after the present step, as JSON has it."""
-        self._close()
         self._past = deque(_read(measured) for measured in self._past)
         return {"radius": dict(vars(self.radius)), "past": list(self._past)}
-
-    def _close(self) -> None:
-        if self._sums is not None:
-            means = self._accelerator.reduce(self._sums, reduction="mean")
-            self._past.append(_Measured(self._target, means))
-            self._sums = None
 
 
 def _read(measured: _Measured | list[float]) -> list[float]:

@@ -171,9 +171,9 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
         )
     else:
         logger.warning(
-            "No step was perturbed, so this is what the stock Trainer trains: the training was too "
-            "short to learn its data by heart, and AMPConfig leaves such a one alone. "
-            "AMPConfig(epsilon=…) perturbs it all the same."
+            "No step was perturbed, so this is what the stock Trainer trains: AMPConfig waits for "
+            "40 % of the steps, and for a loss that has fallen far enough, the further the fewer "
+            "epochs there are. AMPConfig(epsilon=…) perturbs all the same."
         )
 
 

@@ -56,6 +56,8 @@ class Window:
     delta_norm: Tensor | None = None
     # At θ, of the micro-batches that Δ was computed on and whose outer pass is to come.
     clean_losses: list[Tensor] = field(default_factory=list)
+    # The sums that `Feedback.add` takes, over the micro-batches so far.
+    measured: Tensor | None = None
 
 
 @dataclass

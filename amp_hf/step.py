@@ -62,7 +62,7 @@ class PerturbedStep:
         self.run = Run(state)  # without the memory that it keeps
 
     def before_checkpoint(self) -> None:
-        """All that a resumed run needs goes into the Trainer's state, on all ranks together."""
+        """All that a resumed run needs goes into the Trainer's state."""
         # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
         self.run.reusable = None
         state = self.run.state
@@ -249,10 +249,17 @@ class PerturbedStep:
     def _feed(
         self, num_items: Count, loss: Tensor, perturbed_loss: Tensor, delta_norm: Tensor
     ) -> None:
-        """Tells the rule of a micro-batch: its losses, as logged, and its share of ‖Δ‖₂."""
-        size = max(1, len(self.window.batches))
+        """Measures a micro-batch for the rule: its losses, as logged, and its share of ‖Δ‖₂."""
+        window = self.window
+        size = max(1, len(window.batches))
         factor = self.parent.mean_factor(size, num_items, self._loss_shrinks)
-        self._feedback.add(factor * loss.detach(), factor * perturbed_loss.detach(), delta_norm)
+        values = (factor * loss.detach(), factor * perturbed_loss.detach(), delta_norm)
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        measured = torch.stack([value.to(loss.device, dtype) for value in values])
+        window.measured = measured if window.measured is None else window.measured + measured
+        if self.trainer.accelerator.sync_gradients:  # the last one: the optimizer steps next
+            self._feedback.add(window.measured)
+            window.measured = None
 
     def _prepare(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
         """What the first ascent of a run sets up, and what callbacks have changed since."""

@@ -255,6 +255,44 @@ def test_batches_whose_loss_is_not_finite_leave_the_radius_alone(tmp_path, value
     assert norms[11 - 6] > 0 and norms[-1] == pytest.approx(norms[3], rel=0.5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_micro_batch_beside_a_good_one_leaves_the_radius_alone(tmp_path, value):
+    class Spoiled(AMPTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            spoiled = self.state.global_step == 10 and self.accelerator.sync_gradients
+            return loss * value if spoiled else loss
+
+    def zero_gradients(event, state, control):
+        if state.global_step == 10:
+            for param in trainer.model.parameters():
+                param.grad.zero_()
+
+    own = {"callbacks": [learnt(), on(["on_pre_optimizer_step"], zero_gradients)]}
+    options = dict(max_steps=15, gradient_accumulation_steps=2)
+    trainer = trainer_for(make(), tmp_path, ITSELF, cls=Spoiled, trainer=own, **options)
+    trainer.train()
+    norms = logged(trainer, "amp/delta_norm")
+    assert norms[10 - 6] == pytest.approx(norms[9 - 6] / 2, rel=0.5)  # of the good one alone
+    assert norms[12 - 6] == pytest.approx(norms[11 - 6], rel=1e-5)
+    assert norms[13 - 6] != pytest.approx(norms[12 - 6], rel=1e-3)
+
+
+def test_the_micro_batches_that_a_stream_ends_with_count_for_no_step(tmp_path):
+    """The Trainer steps only once the next epoch has begun."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from [*digits()[:16]] * 3
+
+    options = dict(max_steps=6, gradient_accumulation_steps=2, learning_rate=0.0)
+    options |= dict(save_strategy="steps", save_steps=6)
+    trainer = train(make(), tmp_path, ITSELF, data=Stream(), **options)
+    kept = trainer.state.stateful_callbacks["amp_hf"]["feedback"]
+    losses = [kept["radius"]["loss"], *(loss for _, loss, *_ in kept["past"])]
+    assert losses == pytest.approx([kept["radius"]["first_loss"]] * len(losses), rel=1e-5)
+
+
 def test_what_streams_without_an_end_is_seen_once(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
