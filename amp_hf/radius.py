@@ -22,7 +22,8 @@ _EPOCHS = 20  # of a training whose target is in proportion to what has been lea
 _LEAST = 0.05  # share of the rise, below which a step is plain
 _MEMORY = 0.95  # of the moving average, per step
 _GAIN = 0.2  # exponent of the correction in a step
-_MOST = 4.0  # the factor by which a rise may miss its target and still count in full
+# The factors of its target between which a rise counts in full. Too long a Δ does harm at once.
+_LOWEST, _HIGHEST = 1 / 4, 16.0
 _SHARE = 1 / 15  # of the first loss, which the target never exceeds: it may not be in nats
 
 
@@ -56,15 +57,20 @@ class Radius:
         share = learnt ** (_EPOCHS / epochs)
         return share * min(rise, _SHARE * self.first_loss) if share >= _LEAST else 0.0
 
-    def begin(self, target: float, slope: float) -> None:
-        """The first radius: the one that raises the loss by `target`, were it linear.
+    def begin(self, target: float, loss: float, slope: float) -> None:
+        """The first radius: the one that raises `loss` by `target`, if it grows exponentially.
+
+        That is what a loss does that has been learnt: a linear guess is a hundred times too long.
 
         Args:
-            slope: how far a Δ of radius 1 would raise the loss then. Where it is 0, or not finite,
-                there is no radius yet.
+            slope: how far a Δ of radius 1 would raise the loss, were it linear. Where it is 0, or
+                anything is not finite, there is no radius yet.
         """
-        if math.isfinite(slope) and slope > 0 and math.isfinite(target / slope):
-            self.epsilon = target / slope
+        if not (math.isfinite(loss) and math.isfinite(slope) and slope > 0):
+            return
+        linear = loss * math.log1p(target / loss) if loss > 0 else target
+        if math.isfinite(linear / slope):
+            self.epsilon = linear / slope
 
     def observe(self, loss: float) -> None:
         """A step's loss at θ; one that is not finite says nothing."""
@@ -83,5 +89,5 @@ class Radius:
         """
         if self.epsilon is None:
             return
-        missed = _MOST if not math.isfinite(rise) else rise / target
-        self.epsilon *= min(_MOST, max(1 / _MOST, missed)) ** -_GAIN
+        missed = rise / target if math.isfinite(rise) else _HIGHEST
+        self.epsilon *= min(_HIGHEST, max(_LOWEST, missed)) ** -_GAIN

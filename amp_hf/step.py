@@ -311,15 +311,16 @@ class PerturbedStep:
                     if inner_step == 0:
                         clean_losses.append(loss)
             if config.epsilon is None and self._feedback.radius.epsilon is None:
-                self._begin_radius(loss_scale * window.perturbation.slope(gradient))
+                loss = gradient_scale * torch.stack(clean_losses).sum()
+                self._begin_radius(loss, loss_scale * window.perturbation.slope(gradient))
             window.delta_norm = window.perturbation.ascend(gradient, inner_lr * loss_scale)
         return clean_losses
 
-    def _begin_radius(self, slope: Tensor) -> None:
+    def _begin_radius(self, loss: Tensor, slope: Tensor) -> None:
         """The first ascent of a run waits for the device, once: nothing is known before."""
         radius, accelerator = self._feedback.radius, self.trainer.accelerator
-        slope = accelerator.reduce(slope.to(accelerator.device), "mean")
-        radius.begin(self.run.target, slope.item())
+        found = torch.stack([loss.to(slope), slope]).to(accelerator.device)
+        radius.begin(self.run.target, *accelerator.reduce(found, "mean").tolist())
         self.window.perturbation.epsilon = radius.epsilon or 0.0
 
     def _is_last(self) -> bool:

@@ -60,7 +60,7 @@ class Rule:
             self.loss = 0.95 * self.loss + 0.05 * loss
             if target > 0:
                 missed = (perturbed - loss) / target
-                self.epsilon /= min(4.0, max(0.25, missed)) ** 0.2
+                self.epsilon /= min(16.0, max(0.25, missed)) ** 0.2
         share = (1 - self.loss / self.first_loss) ** (20 / self.epochs)
         if step < 0.4 * self.steps or share < 0.05:
             return 0.0

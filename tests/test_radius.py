@@ -93,8 +93,8 @@ def test_nothing_is_known_before_the_first_loss():
 def test_losses_and_slopes_that_are_not_finite_say_nothing(bad):
     assert after(bad, 2.0, bad, 1.0) == after(2.0, 1.0)
     radius = after(2.0)
-    for slope in (bad, 0.0):
-        radius.begin(0.1, slope)
+    for loss, slope in ((1.0, bad), (bad, 1.0), (1.0, 0.0)):
+        radius.begin(0.1, loss, slope)
         assert radius.epsilon is None
     radius.steer(0.1, 0.5)
     assert radius.epsilon is None
@@ -102,11 +102,26 @@ def test_losses_and_slopes_that_are_not_finite_say_nothing(bad):
 
 def test_a_rise_that_is_not_finite_counts_as_far_too_high():
     falls = []
-    for rise in (0.4, 1e9, math.inf, math.nan):
+    for rise in (1.6, 1e9, math.inf, math.nan):
         radius = Radius(1.0, 2.0, 1.0)
         radius.steer(0.1, rise)
         falls.append(radius.epsilon)
-    assert falls == [pytest.approx(4**-0.2)] * 4
+    assert falls == [pytest.approx(16**-0.2)] * 4
+
+
+@pytest.mark.parametrize("loss", [1e-6, 1e-3, 1.0, 1000.0])
+@pytest.mark.parametrize("slope", [1e-3, 1.0])
+def test_the_first_radius_is_right_where_the_loss_grows_exponentially(loss, slope):
+    """As a loss does that has been learnt: log loss(θ + Δ) is linear in Δ."""
+    radius = Radius()
+    radius.begin(0.1, loss, slope)
+    assert loss * math.expm1(slope * radius.epsilon / loss) == pytest.approx(0.1)
+
+
+def test_the_first_radius_of_a_loss_below_zero_is_the_linear_one():
+    radius = Radius()
+    radius.begin(0.1, -3.0, 0.5)
+    assert radius.epsilon == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("slope", [1e-3, 1.0, 50.0])
@@ -114,7 +129,7 @@ def test_a_rise_that_is_not_finite_counts_as_far_too_high():
 def test_the_radius_goes_to_where_the_loss_rises_by_the_target(slope, power):
     """From the guess of the first order, on losses that curve."""
     radius = Radius()
-    radius.begin(0.1, slope)
+    radius.begin(0.1, 2.0, slope)
     for _ in range(60):
         rise = slope * radius.epsilon + 30 * (slope * radius.epsilon) ** power
         radius.steer(0.1, rise)
@@ -151,7 +166,8 @@ def test_trajectory_equals_the_reference(tmp_path, ball, inner_steps, scope):
             first = reference.gradient(seen[0], theta)
             norms = [reference.norm([g]) for g in first]
             slope = reference.norm(first) if ball == "global" else sum(norms)
-            rule.epsilon = float(target / slope)
+            loss = float(seen[0](theta))
+            rule.epsilon = float(loss * math.log1p(target / loss) / slope)
         own = dict(epsilon=rule.epsilon if target > 0 else 0.0, inner_lr=1e9, ball=ball)
         for loss, origin in zip(losses, seen):
             delta = reference.perturbation(origin, theta, inner_steps=inner_steps, **own)
