@@ -1,11 +1,12 @@
 """What only a GPU can show: half precision, CUDA graphs, and FSDP as Accelerate starts it."""
 
 import functools
-import pickle
 import warnings
 
 import pytest
 import torch
+from distributed_worker import run_all
+from processes import on_ranks
 from support import (
     ConvNet,
     always,
@@ -17,7 +18,6 @@ from support import (
     trainer_for,
     weights,
 )
-from test_distributed import launch
 from torch._dynamo.utils import counters
 from transformers import Trainer
 
@@ -109,11 +109,8 @@ def test_fsdp_with_one_rank_trains_as_one_process(tmp_path, bf16):
     case |= {"bf16": True} if bf16 else {}
     runs = []
     for engine in ("plain", "fsdp2"):
-        folder = tmp_path / engine
-        folder.mkdir()
-        done = launch(folder, engine, {"run": case}, processes=1)
-        assert done.returncode == 0, done.stderr[-4000:]
-        runs.append(pickle.loads((folder / "0.pkl").read_bytes())["run"]["weights"])
+        (rank,) = on_ranks(run_all, tmp_path / engine, engine, {"run": case}, processes=1)
+        runs.append(rank["run"]["weights"])
     for expected, actual in zip(*runs, strict=True):
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, rtol=0, atol=2e-2 if bf16 else 1e-5)
