@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .blocks import JointTensors
-from .compat import forget_gathered
 from .config import AMPConfig, Ball, Scope
 from .perturbation import Norms, Perturbation, local_norms
 from .preserve import temporarily
@@ -195,7 +194,7 @@ class _FSDP2(_Sharded):
         try:
             yield
         except BaseException:
-            forget_gathered(model)  # else what it gathered at θ + Δ would be computed with
+            model.reset_iter_state()  # else what it gathered at θ + Δ would be computed with
             raise
 
     def reshard(self, model: nn.Module) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .blocks import JointTensors, groups_of
-from .compat import foreach_clone
 from .config import Ball
 
 Norms = Callable[[list[Tensor]], Tensor]
@@ -157,7 +156,7 @@ class Perturbation:
         self._theta_moves = theta_moves
         while self._originals:
             params, originals = self._originals[-1]
-            kept = foreach_clone(params)
+            kept = torch._foreach_clone(params)
             torch._foreach_copy_(params, originals)
             self._originals.pop()
             if theta_moves:
@@ -196,7 +195,7 @@ class Perturbation:
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         try:
             for params, originals in reversed(records):
-                kept.append((params, list(foreach_clone(params))))
+                kept.append((params, list(torch._foreach_clone(params))))
                 torch._foreach_copy_(params, originals)
             yield
         finally:
@@ -210,7 +209,7 @@ class Perturbation:
         write: Callable[[list[Tensor], list[Tensor]], object],
     ) -> None:
         """`write(params, other)`, then θ into `other`; θ is on record at every moment."""
-        originals = list(foreach_clone(params))
+        originals = list(torch._foreach_clone(params))
         self._originals.append((params, originals))
         write(params, other)
         torch._foreach_copy_(other, originals)

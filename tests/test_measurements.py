@@ -87,7 +87,7 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
         (
             erm_comparison,
             ["--tables", "grids"],
-            "--tables knows choice, results, defaults, sketches, grid",
+            "--tables knows choice, results, defaults, grid",
         ),
         (erm_comparison, ["--data", "no/such"], "Pass --data a folder of local copies"),
     ],

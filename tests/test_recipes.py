@@ -50,7 +50,13 @@ def data(tmp_path_factory):
 def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(
     tmp_path, monkeypatch, capsys
 ):
-    words = ["--seeds=2", "--epochs=2", "--train_samples=50", f"--output_dir={tmp_path}"]
+    words = [
+        "--seeds=2",
+        "--epochs=2",
+        "--train_samples=50",
+        "--epsilon=0.1",
+        f"--output_dir={tmp_path}",
+    ]
     run_here(RECIPES / "train_digits.py", monkeypatch, *words)
     out = capsys.readouterr().out
     assert "50 training images, n = 2 seeds" in out
@@ -250,8 +256,8 @@ BAD = {
     "--eval_splits=fog": "--eval_splits: ",
     "--license=MIT License": "--license must be one of the Hub's identifiers, such as apache-2.0",
     "--budget=1": "AMPConfig.for_budget takes a finite number > 1",
-    "--epsilon=-1": "AMPConfig.epsilon must be a finite number >= 0, got -1.0.",
-    "--epsilon=nan": "AMPConfig.epsilon must be a finite number >= 0, got nan.",
+    "--epsilon=-1": "AMPConfig.epsilon must be None or a finite number >= 0, got -1.0.",
+    "--epsilon=nan": "AMPConfig.epsilon must be None or a finite number >= 0, got nan.",
     "--inner_lr=0": "AMPConfig.inner_lr must be a finite number > 0, got 0.0.",
     "--inner_steps=1.5": "argument --inner_steps/--inner-steps: invalid int value: '1.5'",
     "--ball=cube": "invalid choice: 'cube' (choose from",

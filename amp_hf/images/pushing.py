@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import create_branch
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import hf_api
 
 from ..trainer import AMPTrainer
 
@@ -47,7 +47,7 @@ class RecipeTrainer(AMPTrainer):
             f"Repository {self._repository()} cannot be pushed to",
             "Fix that, or leave push_to_hub out and push the trained model later.",
         ):
-            super().init_hf_repo(token, **_if_given(private))
+            super().init_hf_repo(token, private)
             self._ensure_branch(self.args.hub_revision, token)
 
     def push_to_hub(
@@ -65,8 +65,9 @@ class RecipeTrainer(AMPTrainer):
             if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
             self._ensure_branch(revision, token)
-            own = _if_given(private)
-            pushed = super().push_to_hub(commit_message, blocking, token, revision, **own, **kwargs)
+            pushed = super().push_to_hub(
+                commit_message, blocking, token, revision, private, **kwargs
+            )
         if isinstance(pushed, Future):
             self._warn_if_it_fails(pushed, remedy)
         return pushed
@@ -111,12 +112,7 @@ class RecipeTrainer(AMPTrainer):
     def _ensure_branch(self, name: str | None, token: str | None) -> None:
         if name and self.is_world_process_zero():
             token = token or self.args.hub_token
-            create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
-
-
-def _if_given(private: bool | None) -> dict[str, bool]:
-    """transformers before 5.19 does not know this argument."""
-    return {} if private is None else {"private": private}
+            hf_api().create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
 
 
 class _Token(str):
