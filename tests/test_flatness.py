@@ -124,11 +124,11 @@ def test_a_power_iteration_that_has_not_converged_says_so():
 @pytest.mark.slow
 def test_the_trace_is_estimated_with_its_standard_error():
     surface = quadratic_surface([5.0, 2.0, 1.0, 0.5, 0.0, -1.0])
-    found = surface.trace(probes=2000)
-    assert 0 < found.standard_error < 0.2
+    found = surface.trace(probes=300)
+    assert 0 < found.standard_error < 0.5
     assert abs(found.mean - 7.5) < 4 * found.standard_error
     assert found.mean == pytest.approx(np.mean(found.values))
-    assert found.standard_error == pytest.approx(np.std(found.values, ddof=1) / 2000**0.5)
+    assert found.standard_error == pytest.approx(np.std(found.values, ddof=1) / 300**0.5)
     # Of a diagonal matrix, random signs give the trace itself.
     diagonal = Quadratic(torch.diag(THETA), THETA, THETA)
     exact = LossSurface(diagonal, [{"weight": torch.ones(1)}], progress=False).trace(probes=2)

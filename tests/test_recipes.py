@@ -53,13 +53,13 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(
     words = [
         "--seeds=2",
         "--epochs=2",
-        "--train_samples=50",
+        "--train_samples=20",
         "--epsilon=0.1",
         f"--output_dir={tmp_path}",
     ]
     run_here(RECIPES / "train_digits.py", monkeypatch, *words)
     out = capsys.readouterr().out
-    assert "50 training images, n = 2 seeds" in out
+    assert "20 training images, n = 2 seeds" in out
     assert "Reloaded, it predicts the same: True" in out
     table = {line.split()[0]: line for line in out.splitlines() if "±" in line}
     saved = results(tmp_path)
@@ -95,7 +95,7 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data, monkey
 def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monkeypatch, capsys):
     """The ERM baseline, the flatness, further splits and pictures, each of a real run."""
     folder = tmp_path / "data"
-    parquet_folder(folder, train=32, test=40)
+    parquet_folder(folder, train=16, test=40)
     rows(200, 240).to_parquet(folder / "data" / "contrast-00000-of-00001.parquet")
     words = [*SMALL.split(), "--dataset", folder, "--output_dir", tmp_path / "out"]
     words += ["--epsilon=0.1", "--compare_erm", "--flatness"]
@@ -123,15 +123,15 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monk
     by_split = {result.dataset_split for result in card.data.eval_results}
     assert by_split == {"test", "contrast"}
     flatness = json.loads((folder / "flatness.json").read_text())
-    assert flatness["AMP"]["samples"] == 32
+    assert flatness["AMP"]["samples"] == 16
     for name, path in (("AMP", folder), ("ERM", folder / "_erm")):  # of the images as they are
         model = AutoModelForImageClassification.from_pretrained(path).eval()
         geometry, mean, std = preprocessing(model)
         plain = image_data.ImageDataset(
-            rows(0, 32), "img", "label", geometry, eval_transform(mean, std)
+            rows(0, 16), "img", "label", geometry, eval_transform(mean, std)
         )
         with torch.no_grad():
-            loss = model(**plain.__getitems__(list(range(32)))).loss.item()
+            loss = model(**plain.__getitems__(list(range(16)))).loss.item()
         assert flatness[name]["loss"] == pytest.approx(loss, rel=1e-4)
     # The baseline is what the stock Trainer trains from the same seed, and stays off the Hub.
     stock = [*SMALL.split(), "--dataset", tmp_path / "data", "--epsilon=0"]
