@@ -19,6 +19,7 @@ from support import (
     comparable,
     differing,
     language_model,
+    learnt,
     logged,
     make,
     mean,
@@ -146,6 +147,21 @@ def test_a_loss_that_ignores_the_window_is_logged_as_by_the_stock_trainer_and_de
     for key in ("loss", "amp/loss", "amp/sharpness"):
         fourfold = [4 * value for value in logged(divided, key)]
         assert logged(own, key) == pytest.approx(fourfold, rel=1e-3)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("net, cls", [(Uncounted, AMPTrainer), (MLP, UncountedTrainer)])
+def test_a_radius_that_sets_itself_is_the_same_for_a_loss_that_ignores_the_window(
+    tmp_path, net, cls, scope
+):
+    def run(net, cls):
+        options = dict(gradient_accumulation_steps=4, learning_rate=0.0, max_steps=10)
+        own = {"callbacks": [learnt(loss=0.1)]}
+        return train(make(net), tmp_path, AMPConfig(scope=scope), cls=cls, trainer=own, **options)
+
+    divided, own = logged(run(MLP, AMPTrainer), "amp/delta_norm"), run(net, cls)
+    assert len(divided) == 6 and len(set(divided)) > 3  # it is corrected
+    assert logged(own, "amp/delta_norm") == pytest.approx(divided, rel=1e-4)
 
 
 class DividingTrainer(AMPTrainer):
