@@ -35,6 +35,9 @@ class Feedback:
 
     All ranks measure together and so keep the same radius. `state` is all that there is to know: a
     run that goes on from it ends where the uninterrupted one does.
+
+    Attributes:
+        target: how far the present step's Δ is to raise the loss; the step is plain where it is 0.
     """
 
     def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None) -> None:
@@ -42,18 +45,17 @@ class Feedback:
         self.radius = Radius(**state["radius"]) if state else Radius()
         # Of past steps, the oldest first.
         self._past: deque[_Measured | list[float]] = deque(state["past"] if state else [])
-        self._target = 0.0
+        self.target = 0.0
 
-    def next_step(self, rise: float, epochs: int, progress: float) -> float:
-        """Returns the `Radius.target` of the step that begins."""
+    def next_step(self, rise: float, epochs: int, progress: float) -> None:
+        """Sets the target of the step that begins; see `Radius.target` for the arguments."""
         while len(self._past) > 1:
             target, loss, perturbed_loss, delta_norm = _read(self._past.popleft())
             self.radius.observe(loss)
             # Where the batch was bad or Δ not finite, and so zero, nothing is learnt about Δ.
             if math.isfinite(loss) and delta_norm > 0:
                 self.radius.steer(target, perturbed_loss - loss)
-        self._target = self.radius.target(rise, epochs, progress)
-        return self._target
+        self.target = self.radius.target(rise, epochs, progress)
 
     def add(self, measured: Tensor) -> None:
         """The present step is over, on all ranks together.
@@ -63,7 +65,7 @@ class Feedback:
                 the losses are one, and ‖Δ‖₂ is 0.
         """
         means = self._accelerator.reduce(measured, reduction="mean")
-        self._past.append(_Measured(self._target, means))
+        self._past.append(_Measured(self.target, means))
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint after the present step, as JSON has it."""

@@ -24,7 +24,6 @@ class Run:
     state: TrainerState | None = None  # the Trainer's, and so this run's identity
     progress: Progress = field(default_factory=Progress)
     feedback: Feedback | None = None  # to the rule that sets epsilon
-    target: float = 0.0  # how far this step's Δ is to raise the loss by that rule
     last_begun: int | None = None  # the last step of all
     engine: Engine | None = None
     tensors: StepTensors | None = None
@@ -60,6 +59,12 @@ class Window:
     measured: Tensor | None = None
 
 
+def in_one(loss: Tensor, *values: Tensor) -> Tensor:
+    """All of them in one tensor, where `loss` is and at least in float32, to be added up."""
+    dtype = torch.promote_types(loss.dtype, torch.float32)
+    return torch.stack([value.to(loss.device, dtype) for value in (loss, *values)])
+
+
 @dataclass
 class LogMeans:
     """Of the loss at θ + Δ, its rise over the one at θ, and ‖Δ‖₂, since they were last taken.
@@ -72,9 +77,7 @@ class LogMeans:
 
     def add(self, loss: Tensor, clean_loss: Tensor, delta_norm: Tensor, share: float) -> None:
         """Adds one micro-batch, which is `share` of a step."""
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        values = (loss, loss - clean_loss, delta_norm * share)
-        sums = torch.stack([value.to(loss.device, dtype) for value in values])
+        sums = in_one(loss, loss - clean_loss, delta_norm * share)
         self.sums = sums if self.sums is None else self.sums + sums
         self.steps += share
 

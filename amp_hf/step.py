@@ -28,7 +28,7 @@ from .parameters import StepTensors, check_no_hooks
 from .passes import Count, ParentPasses
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
 from .progress import keep
-from .run import LogMeans, Run, Window
+from .run import LogMeans, Run, Window, in_one
 
 # A ζ that takes any Δ onto the sphere, from which it comes back into float32's range.
 _ONTO_THE_SPHERE = 1e9
@@ -86,8 +86,8 @@ class PerturbedStep:
             run.last_begun = step
             if config.epsilon is None:
                 progress = step / state.max_steps
-                run.target = self._feedback.next_step(config.rise, run.epochs, progress)
-        is_plain = config.epsilon is None and run.target == 0
+                self._feedback.next_step(config.rise, run.epochs, progress)
+        is_plain = config.epsilon is None and self._feedback.target == 0
         if is_plain or not config.perturbs_at(step, state.max_steps):
             return self._without_delta(model, inputs, num_items)
         # As the parent's pass does, but before Δ is added: an evaluation may have moved the
@@ -253,9 +253,7 @@ class PerturbedStep:
         window = self.window
         size = max(1, len(window.batches))
         factor = self.parent.mean_factor(size, num_items, self._loss_shrinks)
-        values = (factor * loss.detach(), factor * perturbed_loss.detach(), delta_norm)
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        measured = torch.stack([value.to(loss.device, dtype) for value in values])
+        measured = in_one(factor * loss.detach(), factor * perturbed_loss.detach(), delta_norm)
         window.measured = measured if window.measured is None else window.measured + measured
         if self.trainer.accelerator.sync_gradients:  # the last one: the optimizer steps next
             self._feedback.add(window.measured)
@@ -318,10 +316,10 @@ class PerturbedStep:
 
     def _begin_radius(self, loss: Tensor, slope: Tensor) -> None:
         """The first ascent of a run waits for the device, once: nothing is known before."""
-        radius, accelerator = self._feedback.radius, self.trainer.accelerator
-        found = torch.stack([loss.to(slope), slope]).to(accelerator.device)
-        radius.begin(self.run.target, *accelerator.reduce(found, "mean").tolist())
-        self.window.perturbation.epsilon = radius.epsilon or 0.0
+        feedback, accelerator = self._feedback, self.trainer.accelerator
+        found = accelerator.reduce(in_one(loss, slope).to(accelerator.device), "mean")
+        feedback.radius.begin(feedback.target, *found.tolist())
+        self.window.perturbation.epsilon = feedback.radius.epsilon or 0.0
 
     def _is_last(self) -> bool:
         """Whether the window ends with the micro-batch that Δ is computed on."""
