@@ -5,6 +5,7 @@ from torch import nn
 from amp_hf.images.augment import (
     Cutout,
     RandomAffine,
+    RandomBlur,
     RandomCrop,
     RandomHorizontalFlip,
     RandomLight,
@@ -69,6 +70,28 @@ def test_affine_of_nothing_is_the_identity_and_shifts_stay_within_bounds():
     assert offset.max() > 1.8 and offset.min() < -1.8
 
 
+def test_a_shear_shifts_each_row_by_its_distance_from_the_middle():
+    torch.manual_seed(0)
+    line = torch.zeros(200, 1, 41, 41)
+    line[..., 20] = 1
+    sheared = RandomAffine(degrees=0, translate=0, scale=0, shear=0.2)(line)[:, 0]
+    offset = (sheared / sheared.sum(-1, keepdim=True) * torch.arange(41)).sum(-1) - 20
+    slope = offset[:, 30] / 10
+    assert 0.18 < slope.max() <= 0.2 + 1e-3 and -0.2 - 1e-3 <= slope.min() < -0.18
+    rows = torch.arange(10, 31) - 20
+    torch.testing.assert_close(offset[:, 10:31], slope[:, None] * rows, atol=0.05, rtol=0)
+
+
+def test_blur_lies_between_the_image_and_its_blurred_copy():
+    torch.manual_seed(0)
+    images = torch.rand(200, 3, 16, 16)
+    blur = RandomBlur(1.0)
+    way, full = blur(images) - images, blur.blur(images) - images
+    share = (way * full).sum((1, 2, 3)) / full.square().sum((1, 2, 3))
+    torch.testing.assert_close(way, share.view(-1, 1, 1, 1) * full, atol=1e-5, rtol=0)
+    assert 0 <= share.min() < 0.05 and 0.95 < share.max() <= 1
+
+
 def test_light_stays_in_range_and_differs_from_image_to_image():
     torch.manual_seed(0)
     images = torch.full((200, 3, 4, 4), 0.5)
@@ -77,7 +100,7 @@ def test_light_stays_in_range_and_differs_from_image_to_image():
     assert len(lit[:, 0, 0, 0].unique()) > 190
 
 
-@pytest.mark.parametrize("kind", ["objects", "signs", "none"])
+@pytest.mark.parametrize("kind", ["objects", "signs", "strong_signs", "none"])
 def test_every_kind_gives_float_images_of_the_same_shape(kind):
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     transform = train_transform(kind, [0.5] * 3, [0.25] * 3, cutout=8, auto_augment=True)
@@ -91,8 +114,9 @@ def test_signs_are_never_mirrored():
     torch.manual_seed(0)
     images = torch.zeros(500, 3, 32, 32, dtype=torch.uint8)
     images[..., 16:] = 255
-    out = train_transform("signs", [0.0] * 3, [1.0] * 3)(images)
-    assert (out[..., 24:].mean((1, 2, 3)) > out[..., :8].mean((1, 2, 3))).all()
+    for kind in ("signs", "strong_signs"):
+        out = train_transform(kind, [0.0] * 3, [1.0] * 3)(images)
+        assert (out[..., 24:].mean((1, 2, 3)) > out[..., :8].mean((1, 2, 3))).all()
 
 
 def test_evaluation_only_scales_and_normalizes():

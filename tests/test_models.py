@@ -20,6 +20,7 @@ SMALL = {
     "pyramidnet164_a270": dict(depth=11, alpha=9),
     "resnet18_small": dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]),
     "resnet50_small": dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]),
+    "preactresnet10_signs": dict(channels=[8, 8, 16, 16]),
 }
 
 
@@ -35,6 +36,7 @@ SMALL = {
         ("resnet34_small", 21_282_122, 4),
         ("resnet50_small", 23_520_842, 4),
         ("resnet101_small", 42_512_970, 4),
+        ("preactresnet10_signs", 1_234_824, 2),
     ],
 )
 def test_a_network_is_of_the_published_size(name, parameters, side):
@@ -80,6 +82,13 @@ def test_a_preactivation_resnet_is_the_published_one():
     expected = x @ state["head.fc.weight"][:, :, 0, 0].T + state["head.fc.bias"]
     with torch.no_grad():
         torch.testing.assert_close(model(images), expected)
+
+
+def test_a_network_for_signs_sees_no_difference_in_light():
+    model = timm.create_model("preactresnet10_signs", **SMALL["preactresnet10_signs"]).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(0.2 * images - 0.3), model(images), rtol=1e-3, atol=1e-3)
 
 
 def test_a_pyramid_pools_its_shortcut_and_pads_it_with_zeros():

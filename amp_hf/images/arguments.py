@@ -41,9 +41,12 @@ class ImageArguments:
         default=None,
         metadata={"help": "Further arguments of the timm model, in JSON: '{\"patch_size\": 4}'."},
     )
-    augment: Literal["objects", "signs", "none"] = field(
+    augment: Literal["objects", "signs", "strong_signs", "none"] = field(
         default="objects",
-        metadata={"help": "objects: crop and flip; signs: rotate, shift, scale, light, no flip."},
+        metadata={
+            "help": "objects: crop and flip; signs: rotate, shift, scale, light, no flip; "
+            "strong_signs: more of it, shear, blur."
+        },
     )
     cutout: int = field(default=0, metadata={"help": "Pixels a side of Cutout's square; 0: none."})
     auto_augment: bool = field(

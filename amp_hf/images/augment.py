@@ -41,28 +41,34 @@ class RandomHorizontalFlip(nn.Module):
 
 
 class RandomAffine(nn.Module):
-    """Rotates, shifts and scales each image, repeating its edges; takes float images.
+    """Rotates, shifts, scales and shears each image, repeating its edges; takes float images.
 
     Args:
         degrees: rotation within ± `degrees`.
         translate: shift within ± this share of the side.
         scale: size within 1 ± `scale`.
+        shear: shift of a row within ± this share of its distance from the middle.
     """
 
-    def __init__(self, degrees: float, translate: float, scale: float) -> None:
+    def __init__(self, degrees: float, translate: float, scale: float, shear: float = 0.0) -> None:
         super().__init__()
         self.degrees = degrees
         self.translate = translate
         self.scale = scale
+        self.shear = shear
 
     def forward(self, images: Tensor) -> Tensor:
-        angle, zoom, x, y = torch.empty(4, len(images)).uniform_(-1, 1)
+        angle, zoom, shear, x, y = torch.empty(5, len(images)).uniform_(-1, 1)
         angle = angle * math.radians(self.degrees)
         zoom = 1 + zoom * self.scale
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         # In the coordinates of affine_grid, a side is 2 long.
         x, y = 2 * self.translate * x, 2 * self.translate * y
-        theta = torch.stack([torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)], 1)
+        # The rows of (rotation · zoom) · (shear).
+        shear = shear * self.shear
+        first = torch.stack([cos, cos * shear - sin, x], 1)
+        second = torch.stack([sin, sin * shear + cos, y], 1)
+        theta = torch.stack([first, second], 1)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -80,6 +86,21 @@ class RandomLight(nn.Module):
         )
         mean = images.mean((1, 2, 3), keepdim=True)
         return ((images - mean) * contrast + mean * brightness).clamp_(0, 1)
+
+
+class RandomBlur(nn.Module):
+    """Mixes each image with a blurred copy of itself, in random parts; takes float images.
+
+    Args:
+        sigma: standard deviation of the Gaussian that blurs the copy, in pixels.
+    """
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        self.blur = v2.GaussianBlur(2 * math.ceil(2 * sigma) + 1, (sigma, sigma))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.lerp(images, self.blur(images), torch.rand(len(images), 1, 1, 1))
 
 
 class Cutout(nn.Module):
@@ -124,7 +145,7 @@ def train_transform(
     Args:
         kind: `"objects"` (pad by 4 pixels of value 128, crop, and flip: the AMP paper's choice for
             CIFAR), `"signs"` (rotate, shift, scale, and change the light; a flip would turn one
-            sign into another) or `"none"`.
+            sign into another), `"strong_signs"` (more of it, and shear and blur) or `"none"`.
         cutout: side of the square in pixels; 0 for none. The paper uses 16 on CIFAR.
         auto_augment: whether to apply AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019).
     """
@@ -136,6 +157,9 @@ def train_transform(
     steps += [v2.ToDtype(torch.float32, scale=True)]
     if kind == "signs":
         steps += [RandomAffine(degrees=12, translate=0.1, scale=0.15), RandomLight(0.4)]
+    if kind == "strong_signs":
+        steps += [RandomAffine(degrees=15, translate=0.1, scale=0.15, shear=0.15)]
+        steps += [RandomLight(0.5), RandomBlur(1.0)]
     steps += [v2.Normalize(mean, std)]
     if cutout:
         steps += [Cutout(cutout)]
