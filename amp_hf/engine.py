@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .blocks import JointTensors
+from .compat import forget_gathered
 from .config import AMPConfig, Ball, Scope
 from .perturbation import Norms, Perturbation, local_norms
 from .preserve import temporarily
@@ -194,7 +195,7 @@ class _FSDP2(_Sharded):
         try:
             yield
         except BaseException:
-            model.reset_iter_state()  # else what it gathered at θ + Δ would be computed with
+            forget_gathered(model)  # else what it gathered at θ + Δ would be computed with
             raise
 
     def reshard(self, model: nn.Module) -> None:

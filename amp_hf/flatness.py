@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .blocks import JointTensors
+from .compat import foreach_clone
 from .loss_function import GRADIENT_COST, HESSIAN_PRODUCT_COST, LossFunction, Vector
 from .perturbation import Perturbation
 
@@ -100,7 +101,7 @@ class LossSurface(LossFunction):
         """
         _check_positive(radius=radius)
         _check_at_least(1, steps=steps)
-        theta = list(torch._foreach_clone(self.params))
+        theta = foreach_clone(self.params)
         perturbation = Perturbation(self.params, radius, "global")
         clean, gradient = self.loss_and_gradient()
         loss, worst, delta = clean, clean, [torch.zeros_like(param) for param in theta]

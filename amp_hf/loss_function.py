@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .blocks import JointTensors
+from .compat import foreach_clone
 from .preserve import all_buffers, preserved_buffers, preserved_rng
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class LossFunction:
         self, first: Vector, second: Vector, rows: Sequence[float], columns: Sequence[float]
     ) -> list[list[float]]:
         """L(θ + a·d₁ + b·d₂) for each a in `rows` and each b in `columns`."""
-        theta = list(torch._foreach_clone(self.params))
+        theta = foreach_clone(self.params)
         losses: list[list[float]] = []
         try:
             for a in rows:

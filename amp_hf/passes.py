@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import JointTensors
+from .compat import loss_is_scaled_for_ga
 from .config import Scope
 from .engine import Engine
 from .parameters import StepTensors
@@ -125,7 +126,7 @@ class ParentPasses:
             last: as `Engine.inner_passes` takes it.
         """
         trainer = self._trainer
-        divides = trainer.compute_loss_func is None and not trainer.loss_is_scaled_for_ga
+        divides = trainer.compute_loss_func is None and not loss_is_scaled_for_ga(trainer)
         if num_items is None and divides:
             return True  # the Trainer does
         losses = []

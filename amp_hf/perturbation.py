@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .blocks import JointTensors, groups_of
+from .compat import foreach_clone
 from .config import Ball
 
 Norms = Callable[[list[Tensor]], Tensor]
@@ -156,7 +157,7 @@ class Perturbation:
         self._theta_moves = theta_moves
         while self._originals:
             params, originals = self._originals[-1]
-            kept = torch._foreach_clone(params)
+            kept = foreach_clone(params)
             torch._foreach_copy_(params, originals)
             self._originals.pop()
             if theta_moves:
@@ -195,7 +196,7 @@ class Perturbation:
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         try:
             for params, originals in reversed(records):
-                kept.append((params, list(torch._foreach_clone(params))))
+                kept.append((params, foreach_clone(params)))
                 torch._foreach_copy_(params, originals)
             yield
         finally:
@@ -209,7 +210,7 @@ class Perturbation:
         write: Callable[[list[Tensor], list[Tensor]], object],
     ) -> None:
         """`write(params, other)`, then θ into `other`; θ is on record at every moment."""
-        originals = list(torch._foreach_clone(params))
+        originals = foreach_clone(params)
         self._originals.append((params, originals))
         write(params, other)
         torch._foreach_copy_(other, originals)

@@ -19,7 +19,7 @@ import train_cifar10
 from transformers import HfArgumentParser, PrinterCallback
 
 from amp_hf.images.arguments import parse
-from amp_hf.images.building import build
+from amp_hf.images.classification import ImageJob
 
 
 @dataclass
@@ -55,7 +55,7 @@ def main() -> None:
             raise ValueError(
                 "--validation_fraction must be above 0: the search compares on held-out images."
             )
-        trainer, _ = build(images, args, amp_config)
+        trainer = ImageJob(images, args, amp_config).trainer
     except (ValueError, OSError) as error:
         sys.exit(f"search_epsilon.py: error: {error}")
     trainer.remove_callback(PrinterCallback)

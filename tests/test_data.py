@@ -13,10 +13,17 @@ from amp_hf.images.data import (
     ImageDataset,
     ImageDecodeError,
     as_is,
-    load_images,
 )
+from amp_hf.job.data import find_column, load_splits, with_labels
 
 ARCHITECTURE = "test_resnet"
+
+
+def load_images(name, label_column=None):
+    splits = load_splits(name)
+    image = find_column(name, splits["train"].features, "image", None, datasets.Image)
+    splits, label = with_labels(name, splits, label_column)
+    return splits, image, label
 
 
 def image_dataset(data=None, transform=None, size=24, **kwargs):

@@ -25,9 +25,9 @@ from support import MLP, always, differing, make, on, trainer_for, weights
 from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer
-from amp_hf.images import comparison
 from amp_hf.images.classification import main
-from amp_hf.images.pushing import HubError, RecipeTrainer
+from amp_hf.job import comparison
+from amp_hf.job.pushing import HubError, RecipeTrainer
 
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
 REPO = "someone/digits"
@@ -332,7 +332,7 @@ def test_a_push_that_fails_amid_the_training_is_reported_and_the_training_goes_o
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert trainer.state.global_step == 4
-    (record,) = [record for record in caplog.records if record.name == "amp_hf.images.pushing"]
+    (record,) = [record for record in caplog.records if record.name == "amp_hf.job.pushing"]
     assert f"A push to {REPO} failed: 403 Forbidden" in record.message
     assert "hf upload" in record.message
 

@@ -24,12 +24,12 @@ from support import differing
 from transformers import AutoModelForImageClassification
 
 from amp_hf import AMPConfig, AMPTrainer
-from amp_hf.images import building
 from amp_hf.images import data as image_data
 from amp_hf.images.arguments import ImageArguments, parse
 from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import preprocessing
 from amp_hf.images.classification import main
+from amp_hf.job import job as amp_job
 
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 2"
@@ -146,7 +146,7 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monk
 def test_pictures_without_matplotlib_are_refused_before_the_training(
     tmp_path, data, capsys, monkeypatch
 ):
-    monkeypatch.setattr(building, "find_spec", lambda name: None)
+    monkeypatch.setattr(amp_job, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main({}, {}, None, [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path}",
                             "--flatness"])  # fmt: skip
@@ -352,7 +352,7 @@ def test_a_broken_image_is_named_by_its_number_in_the_dataset_also_among_chosen_
 def test_an_unlabeled_image_is_named_by_its_number(tmp_path, capsys, label):
     argv = spoiled(tmp_path, "train", lambda cells: cells["label"].__setitem__(13, label))
     code, line = failure(capsys, *argv)
-    assert code == 2 and f"Label {label} of image 13 is none of the 10 classes" in line
+    assert code == 2 and f"Label {label} of row 13 is none of the 10 classes" in line
 
 
 def test_without_labels_in_the_test_split_there_are_no_test_results(tmp_path, capsys):

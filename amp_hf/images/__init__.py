@@ -1,1 +1,1 @@
-"""Image classification: timm backbones, image datasets, and the job that the recipes run."""
+"""Image classification: timm backbones, image datasets, and what is theirs of the recipes' job."""

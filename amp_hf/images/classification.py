@@ -1,135 +1,109 @@
-"""The main job: train a timm model on an image dataset with AMP, evaluate it and save it.
+"""Image classification: the job of recipes/train_cifar10.py and recipes/train_gtsrb.py.
 
-The recipes in recipes/ are this with a dataset's defaults. Arguments are those of
-`TrainingArguments`, of `AMPConfig` and of `ImageArguments`, from the command line or from a YAML
-file. The file comes first, and arguments after it override it.
+Arguments are those of `TrainingArguments`, of `AMPConfig` and of `ImageArguments`, from the command
+line or from a YAML file. The file comes first, and arguments after it override it.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 import os
-import sys
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, cast
 
-from ..markdown import literal
+import datasets
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainingArguments,
+)
+
+from ..job import main as job
+from ..job.data import NUMBER, find_column
+from ..job.job import Job
 from ..trainer import AMPTrainer
-from .arguments import ImageArguments, parse
-from .building import build
-from .data import ImageDataset, ImageDecodeError
-from .pushing import HubError
+from .arguments import parse
+from .augment import eval_transform, train_transform
+from .backbones import build_model, origin, preprocessing
+from .data import EpochCallback, ImageDataset, as_is
 
 
-def main(
-    defaults: dict[str, Any],
-    from_scratch_defaults: dict[str, Any],
-    description: str | None = None,
-    argv: list[str] | None = None,
-) -> dict[str, float]:
-    """Parses the arguments, trains, evaluates, saves, and says where.
+class ImageJob(Job):
+    """A timm model on a dataset of images."""
 
-    Args:
-        defaults: this recipe's, of any argument.
-        from_scratch_defaults: further ones, where there are no pretrained weights.
-        argv: the arguments, if they do not come from the command line.
+    pipeline = "image-classification"
 
-    Returns:
-        What `all_results.json` holds.
+    def input_columns(self, features: datasets.Features) -> list[str]:
+        wanted = self.arguments.image_column
+        self.image_column = find_column(
+            self.arguments.dataset, features, "image", wanted, datasets.Image
+        )
+        return [self.image_column]
 
-    Exits with one line where something is wrong: with status 2 if it is the arguments or the data,
-    with status 1 if training diverged or the push failed.
-    """
-    try:
-        images, args, amp_config = parse(defaults, from_scratch_defaults, description, argv)
-        trainer, tests = build(images, args, amp_config)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        _exit(error)
-    try:
-        results = _train_and_evaluate(images, trainer, tests)
-    except ImageDecodeError as error:  # from a dataloader's worker, with its traceback inside
-        _exit(error)
-    except HubError as error:
-        _exit(error, 1)
-    if not _all_finite(results):
-        print("The training diverged: lower --learning_rate or --epsilon.", file=sys.stderr)
-        sys.exit(1)
-    return results
+    def build_model(self) -> TimmWrapperForImageClassification:
+        return build_model(
+            self.arguments.model,
+            self.rows.label_names,
+            self.arguments.image_size,
+            self.arguments.from_scratch,
+            cast("dict[str, Any] | None", self.arguments.model_args),  # parsed, no longer a string
+        )
 
+    def origin(self) -> tuple[str | None, str | None]:
+        return origin(self.arguments.model, self.arguments.from_scratch)
 
-def _train_and_evaluate(
-    images: ImageArguments, trainer: AMPTrainer, tests: dict[str, ImageDataset]
-) -> dict[str, float]:
-    """Saves after each step, so that a later one that fails loses nothing."""
-    evaluated: dict[str, Any] = dict(tests)
-    if trainer.eval_dataset is not None:
-        evaluated = {"eval": trainer.eval_dataset} | tests
-    results = _train(trainer) | _evaluate(trainer, evaluated)
-    trainer.create_model_card()
-    failure = None
-    if (images.compare_erm or images.flatness) and _all_finite(results):
-        failure = _measure_for_card(images, trainer, evaluated)
-        trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        trust = ", trust_remote_code=True" if trainer.model.is_remote_code() else ""
-        folder = str(trainer.args.output_dir)
-        print(_SUMMARY.format(folder=folder, source=literal(folder), trust=trust))
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    if failure is not None:
-        raise failure
-    return results
+    def dataset(
+        self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
+    ) -> ImageDataset:
+        geometry, mean, std = preprocessing(model)
+        chosen = self.arguments
+        transform = eval_transform(mean, std)
+        if name == "train":
+            transform = train_transform(
+                chosen.augment, mean, std, chosen.cutout, chosen.auto_augment
+            )
+        return ImageDataset(
+            rows,
+            self.image_column,
+            self.rows.label_column,
+            geometry,
+            transform,
+            seed=args.seed,
+            progress=name,
+            numbers=rows[NUMBER][:],
+        )
 
+    def trainer_arguments(self) -> dict[str, Any]:
+        return dict(data_collator=as_is, callbacks=[EpochCallback()])
 
-def _train(trainer: AMPTrainer) -> dict[str, float]:
-    result = trainer.train(trainer.args.resume_from_checkpoint)
-    trainer.save_model(_internal_call=True)  # pushed later, with all that its card will say
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    return dict(result.metrics)
+    def new_trainer(
+        self,
+        trainer_class: type[AMPTrainer],
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *rest: Any,
+    ) -> AMPTrainer:
+        args.remove_unused_columns = False  # an `ImageDataset` has no columns
+        trainer = super().new_trainer(trainer_class, model, args, *rest)
+        # FSDP and DeepSpeed shard contiguous parameters only.
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.model.to(memory_format=torch.channels_last)
+        return trainer
 
+    def load(self, folder: str) -> nn.Module:
+        # Under ZeRO-3, `from_pretrained` would shard it.
+        model = TimmWrapperForImageClassification(TimmWrapperConfig.from_pretrained(folder))
+        safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
+        return model
 
-def _evaluate(trainer: AMPTrainer, evaluated: dict[str, ImageDataset]) -> dict[str, float]:
-    results: dict[str, float] = {}
-    for name, dataset in evaluated.items():
-        metrics = trainer.evaluate(dataset, metric_key_prefix=name)
-        trainer.log_metrics(name, metrics)
-        trainer.save_metrics(name, metrics)
-        results |= metrics
-    return results
+    def unaugmented(self, dataset: ImageDataset, model: Any) -> ImageDataset:
+        plain = copy.copy(dataset)
+        plain.transform = eval_transform(*preprocessing(model)[1:])
+        return plain
 
 
-def _measure_for_card(
-    images: ImageArguments, trainer: AMPTrainer, evaluated: dict[str, ImageDataset]
-) -> Exception | None:
-    """Returns what it raised, for the model to be pushed first."""
-    from .comparison import measure_for_card  # needs matplotlib
-
-    try:
-        measure_for_card(images, trainer, evaluated)
-    except Exception as error:
-        print(f"The model card lacks what could not be measured: {error}", file=sys.stderr)
-        return error
-    return None
-
-
-def _all_finite(results: dict[str, float]) -> bool:
-    return all(math.isfinite(value) for value in results.values())
-
-
-_SUMMARY = """
-Saved in {folder}: the model, README.md (its card), amp_config.json, all_results.json.
-It loads without amp_hf:
-
-    from transformers import pipeline
-    classify = pipeline("image-classification", model={source}{trust})
-"""
-
-
-def _exit(error: Exception, status: int = 2) -> NoReturn:
-    # An error from a dataloader's worker carries the worker's traceback, and its own line ends it.
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    message = lines[-1 if isinstance(error, ImageDecodeError) else 0]
-    message = message.rpartition("ImageDecodeError: ")[2]
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(status)
+main = partial(job.main, ImageJob, parse)

@@ -1,4 +1,4 @@
-"""Image datasets for the Trainer: any Hub id or local folder, augmented a whole batch at a time."""
+"""Image datasets for the Trainer, augmented a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -14,68 +14,14 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..job.data import DataError, check_labels
+
 # A set of decoded images up to this size is kept in memory.
 IN_MEMORY_BYTES = 2 * 1024**3
 
 
-class ImageDecodeError(ValueError):
+class ImageDecodeError(DataError):
     """An image of the dataset cannot be decoded; the message says which one."""
-
-
-def load_images(
-    name: str, image_column: str | None = None, label_column: str | None = None
-) -> tuple[datasets.DatasetDict, str, str]:
-    """A classification dataset: any Hub id, a local folder of parquet files or an image folder.
-
-    Returns:
-        The splits, and the names of the image column and of the label column. The label column is
-        a `datasets.ClassLabel`, so that it has the class names.
-
-    Raises:
-        ValueError: the dataset is out of reach, or a column is missing.
-    """
-    try:
-        splits = datasets.load_dataset(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"Dataset {name!r} could not be loaded ({reason}). Pass --dataset a local folder of "
-            "parquet files or of images; recipes/train_digits.py needs no download at all."
-        ) from error
-    features = next(iter(splits.values())).features
-    image_column = _column(name, features, "image", image_column, datasets.Image)
-    label_column = _column(name, features, "label", label_column, datasets.ClassLabel)
-    if not isinstance(features[label_column], datasets.ClassLabel):
-        splits = _with_classes(splits, label_column)
-    return splits, image_column, label_column
-
-
-def _column(
-    dataset: str, features: datasets.Features, kind: str, wanted: str | None, feature: type
-) -> str:
-    """The `wanted` column, or else the first one of type `feature`."""
-    named = [wanted] if wanted else [c for c in features if isinstance(features[c], feature)]
-    types: tuple[type, ...] = (feature,)
-    if kind == "label":  # may also be plain numbers or strings: see `_with_classes`
-        types += (datasets.Value,)
-        named += [] if wanted else ["label", "labels"]
-    for column in named:
-        if column in features and isinstance(features[column], types):
-            return column
-    raise ValueError(
-        f"Dataset {dataset!r} has no {kind} column{f' {wanted!r}' if wanted else ''}; it has "
-        f"{', '.join(features)}: name one with --{kind}_column."
-    )
-
-
-def _with_classes(splits: datasets.DatasetDict, label_column: str) -> datasets.DatasetDict:
-    """Makes a column of numbers or strings a `ClassLabel`, the same in all splits."""
-    values = {value for split in splits.values() for value in split.unique(label_column)}
-    names = sorted(values - {None, -1})  # which stand for "unlabeled"
-    index = {value: i for i, value in enumerate(names)}
-    splits = splits.map(lambda row: {label_column: index.get(row[label_column])})
-    label = datasets.ClassLabel(names=[str(value) for value in names])
-    return splits.cast_column(label_column, label)
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -110,13 +56,7 @@ class ImageDataset(torch.utils.data.Dataset):
         numbers: Sequence[int] | None = None,
     ) -> None:
         self.numbers = range(len(rows)) if numbers is None else numbers
-        classes = rows.features[label_column].num_classes
-        for number, label in zip(self.numbers, rows[label_column]):
-            if label is None or not 0 <= label < classes:
-                raise ValueError(
-                    f"Label {label} of image {number} is none of the {classes} classes of column "
-                    f"{label_column!r}: leave the unlabeled images out of the dataset."
-                )
+        check_labels(rows, label_column, self.numbers)
         self.rows = rows.select_columns([image_column]).cast_column(
             image_column, datasets.Image(mode="RGB")
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 import transformers
@@ -114,7 +114,7 @@ class SignResNet(PreActResNet):
         )
         self.stem_feat_idx = 3
         self.init_weights(zero_init_last=False)
-        for info in self.feature_info:
+        for info in cast("list[dict[str, Any]]", self.feature_info):
             info["reduction"] *= 2
 
 

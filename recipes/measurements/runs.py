@@ -23,8 +23,7 @@ from transformers import PrinterCallback
 from amp_hf import AMPTrainer
 from amp_hf.flatness import LossSurface
 from amp_hf.images.arguments import parse
-from amp_hf.images.building import build
-from amp_hf.images.comparison import unaugmented
+from amp_hf.images.classification import ImageJob
 
 RECIPES = Path(__file__).parents[1]
 CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
@@ -115,8 +114,8 @@ class Runs:
         rows = self.options.rows or self.rows
         return [(key, name) for key, name in cells if key in settings and name in rows]
 
-    def _trainer(self, key: str, name: str, seed: int, *more: str):
-        """An untrained trainer, and the images to test its model on."""
+    def _job(self, key: str, name: str, seed: int, *more: str) -> ImageJob:
+        """Not trained yet."""
         setting, row = self.settings[key], self.rows[name]
         if setting.dataset == DIGITS:
             dataset = _made_once(DIGITS, _save_digits)
@@ -124,12 +123,14 @@ class Runs:
             dataset = self.options.source(setting)
         quiet = ["--logging_strategy", "no", "--disable_tqdm", "true", "--output_dir", UNUSED]
         argv = [*self.arguments(key, name, seed), "--dataset", dataset, *quiet, *more]
-        trainer, tests = build(*parse({}, {}, None, argv), row.trainer)
-        trainer.remove_callback(PrinterCallback)
-        return trainer, trainer.eval_dataset if row.held_out else tests["test"]
+        job = ImageJob(*parse({}, {}, None, argv), row.trainer)
+        job.trainer.remove_callback(PrinterCallback)
+        return job
 
     def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
-        trainer, test = self._trainer(key, name, seed)
+        job, row = self._job(key, name, seed), self.rows[name]
+        trainer = job.trainer
+        test = trainer.eval_dataset if row.held_out else job.tests["test"]
         seconds = trainer.train().metrics["train_runtime"]
         metrics = trainer.evaluate(test, metric_key_prefix="test")
         result = {
@@ -142,8 +143,8 @@ class Runs:
             "seconds": seconds,
             "command": self._command(key, name, seed),
         }
-        if self.rows[name].curvature:
-            images = unaugmented(trainer.train_dataset, trainer.model)
+        if row.curvature:
+            images = job.unaugmented(trainer.train_dataset, trainer.model)
             surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)
             result["eigenvalue"] = surface.top_eigenvalue().value
         return result
@@ -152,7 +153,7 @@ class Runs:
         """The folder of the setting's ERM model."""
 
         def train(folder: Path) -> None:
-            trainer = self._trainer(key, "ERM", 0)[0]
+            trainer = self._job(key, "ERM", 0).trainer
             trainer.train()
             trainer.save_model(str(folder))
 
@@ -174,7 +175,7 @@ class Runs:
     def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
         """Ratios to ERM's training time in the same round, by row."""
         short = ["--num_train_epochs=5", "--max_train_samples=2000", "--max_eval_samples=10"]
-        trainers = {name: self._trainer(key, name, 0, *short)[0] for name in names}
+        trainers = {name: self._job(key, name, 0, *short).trainer for name in names}
         ratios: dict[str, list[float]] = {name: [] for name in trainers}
         order = list(trainers)
         rounds = range(self.options.rounds)

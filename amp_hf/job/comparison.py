@@ -10,9 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import nn
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import AMPConfig
@@ -29,42 +27,38 @@ from ..pictures import (
 )
 from ..record import results_of
 from ..trainer import AMPTrainer
-from .arguments import ImageArguments
-from .augment import eval_transform
-from .backbones import preprocessing
-from .building import new_model, new_trainer
-from .data import ImageDataset
+from .job import Job
 
-Sets = dict[str, ImageDataset]  # by the name that their metrics begin with
+Sets = dict[str, Any]  # datasets, by the name that their metrics begin with
 
 
-def measure_for_card(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> None:
-    """What `--compare_erm` and `--flatness` ask for, into `trainer.card_details` and the folder."""
+def measure_for_card(job: Job, evaluated: Sets) -> None:
+    """What `--compare_erm` and `--flatness` ask for, into the card's details and the folder."""
+    trainer = job.trainer
     perturbed = trainer.amp_config.epsilon != 0
     trainers = {}
-    if images.compare_erm and perturbed:
-        trainers["ERM"] = train_baseline(images, trainer, evaluated)
+    if job.arguments.compare_erm and perturbed:
+        trainers["ERM"] = train_baseline(job, evaluated)
     trainers["AMP" if perturbed else "ERM"] = trainer
     if "test" in evaluated:
         draw_calibration(trainer, trainers, "test", evaluated["test"])
-    if images.flatness:
-        folders = {name: str(each.args.output_dir) for name, each in trainers.items()}
-        measure_flatness(trainer, folders)
+    if job.arguments.flatness:
+        measure_flatness(job, {name: str(each.args.output_dir) for name, each in trainers.items()})
 
 
-def train_baseline(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets) -> AMPTrainer:
+def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
     """Trains, saves and evaluates the ERM baseline: the same training without perturbation.
 
     Its folder, `_erm`, is never pushed: pushes leave out what begins with an underscore.
     """
+    trainer = job.trainer
     args = copy.copy(trainer.args)
     args.output_dir = folder = os.path.join(str(args.output_dir), "_erm")
     args.push_to_hub = False
     args.report_to = []  # the run of `trainer` is still open there
-    model = new_model(images, args, list(trainer.model.config.id2label.values()))
-    erm = new_trainer(
+    erm = job.new_trainer(
         AMPTrainer,
-        model,
+        job.new_model(args),
         args,
         AMPConfig(epsilon=0.0),
         trainer.train_dataset,
@@ -84,7 +78,7 @@ def train_baseline(images: ImageArguments, trainer: AMPTrainer, evaluated: Sets)
 
 
 def draw_calibration(
-    trainer: AMPTrainer, trainers: dict[str, AMPTrainer], name: str, test: ImageDataset
+    trainer: AMPTrainer, trainers: dict[str, AMPTrainer], name: str, test: Any
 ) -> None:
     """A reliability diagram of all `trainers` on the split `name`, for the card of `trainer`."""
     predictions = {}
@@ -98,28 +92,19 @@ def draw_calibration(
         trainer.card_details.pictures[caption] = save(draw_reliability(numbers), numbers, path).name
 
 
-def unaugmented(dataset: Any, model: Any) -> ImageDataset:
-    """The images of an `ImageDataset`, as `model` takes them in evaluation."""
-    plain = copy.copy(dataset)
-    plain.transform = eval_transform(*preprocessing(model)[1:])
-    return plain
+def measure_flatness(job: Job, folders: dict[str, str]) -> None:
+    """Measures and draws the loss around the models saved in `folders`, for the job's card.
 
-
-def measure_flatness(trainer: AMPTrainer, folders: dict[str, str]) -> None:
-    """Measures and draws the loss around the models saved in `folders`, for the card of `trainer`.
-
-    The loss is that of the training images without augmentation. Every process loads the models
-    whole, even where the engine shards.
+    The loss is that of the training samples without augmentation.
     """
+    trainer = job.trainer
     trainer.accelerator.wait_for_everyone()  # the main process may still be saving them
     surfaces = {}
     for name, folder in folders.items():
-        # Under ZeRO-3, `from_pretrained` would shard it.
-        model = TimmWrapperForImageClassification(TimmWrapperConfig.from_pretrained(folder))
-        safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
+        model = job.load(folder)
         nn.Module.to(model, trainer.args.device)
-        images = unaugmented(trainer.train_dataset, model)
-        surfaces[name] = LossSurface.of(trainer, images, model, seed=trainer.args.seed)
+        samples = job.unaugmented(trainer.train_dataset, model)
+        surfaces[name] = LossSurface.of(trainer, samples, model, seed=trainer.args.seed)
         trainer.card_details.flatness[name] = measure(surfaces[name])
     curves, contours = loss_curves(surfaces), loss_contours(surfaces)
     if trainer.is_world_process_zero():

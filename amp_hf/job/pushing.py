@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import create_branch
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import hf_api
 
 from ..trainer import AMPTrainer
 
@@ -42,32 +42,33 @@ class RecipeTrainer(AMPTrainer):
         if self.args.hub_token is not None:
             self.args.hub_token = _Token(self.args.hub_token)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    # The parents of transformers 5.19 and newer take `private`, too; here it is one of `kwargs`.
+    def init_hf_repo(  # type: ignore[override]
+        self, token: str | None = None, **kwargs: Any
+    ) -> None:
         with _hub_errors(
             f"Repository {self._repository()} cannot be pushed to",
             "Fix that, or leave push_to_hub out and push the trained model later.",
         ):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token, **kwargs)
             self._ensure_branch(self.args.hub_revision, token)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
-        private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         self.save_model(_internal_call=True)  # before anything can fail
-        remedy = self._remedy(revision, private)
+        private = {name: kwargs[name] for name in ("private",) if name in kwargs}
+        remedy = self._remedy(revision, **private)
         with _hub_errors(f"The push to {self._repository()} failed", remedy):
             if self.hub_model_id is None:
-                self.init_hf_repo(token, private)
+                self.init_hf_repo(token, **private)
             self._ensure_branch(revision, token)
-            pushed = super().push_to_hub(
-                commit_message, blocking, token, revision, private, **kwargs
-            )
+            pushed = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         if isinstance(pushed, Future):
             self._warn_if_it_fails(pushed, remedy)
         return pushed
@@ -112,7 +113,7 @@ class RecipeTrainer(AMPTrainer):
     def _ensure_branch(self, name: str | None, token: str | None) -> None:
         if name and self.is_world_process_zero():
             token = token or self.args.hub_token
-            hf_api().create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
+            create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
 
 
 class _Token(str):

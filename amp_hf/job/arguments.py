@@ -1,0 +1,144 @@
+"""The arguments of every recipe for classification, and how they are parsed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..card import LICENSES
+from ..config import AMPConfig
+
+
+@dataclass
+class JobArguments:
+    """Which rows to train and test on, and what to measure for the model card."""
+
+    model: str = field(metadata={"help": "Where the weights are."})
+    dataset: str = field(metadata={"help": "Where the rows are."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Default: the first column of class labels."}
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Initial values instead of pretrained weights."}
+    )
+    validation_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of each class of the training set to hold out for validation."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many samples."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many samples."}
+    )
+    eval_splits: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further splits of the dataset to evaluate the trained model on."},
+    )
+    compare_erm: bool = field(
+        default=False,
+        metadata={"help": "For the model card: train the ERM baseline, too, without perturbation."},
+    )
+    flatness: bool = field(
+        default=False,
+        metadata={"help": "For the model card: measure and draw how flat the minimum is."},
+    )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "The model's, as the Hub names it. Default: the pretrained weights'."},
+    )
+    budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Training time to spend, in multiples > 1 of the stock Trainer's: sets AMP as "
+            "AMPConfig.for_budget does. Other arguments override it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check_at_least_one("max_train_samples", "max_eval_samples")
+        if self.license is not None and self.license not in LICENSES:
+            raise ValueError(
+                f"--license must be one of the Hub's identifiers, such as apache-2.0 or other, got "
+                f"{self.license!r}: see https://huggingface.co/docs/hub/repositories-licenses."
+            )
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"--validation_fraction must be in [0, 1), got {self.validation_fraction}."
+            )
+
+    def _check_at_least_one(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+
+# For every kind of data; the kind, and then the recipe, add their own.
+_DEFAULTS: dict[str, Any] = dict(
+    logging_steps=50,
+    logging_nan_inf_filter=False,  # shows when a training diverges
+    save_strategy="epoch",
+    save_total_limit=2,
+    warmup_steps=0.05,
+    dataloader_pin_memory=torch.cuda.is_available(),
+)
+
+
+def parse(
+    arguments_class: type[JobArguments],
+    defaults: dict[str, Any],
+    from_scratch_defaults: dict[str, Any],
+    description: str | None = None,
+    argv: list[str] | None = None,
+) -> tuple[Any, TrainingArguments, AMPConfig]:
+    """Parses the command line, which may begin with the name of a YAML file of arguments.
+
+    Args:
+        arguments_class: the kind's, beside `TrainingArguments` and `AMPConfig`.
+        defaults: of any argument.
+        from_scratch_defaults: further ones, which hold with `--from_scratch`.
+        argv: the arguments, if they do not come from the command line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = _read_yaml(argv[0]) + argv[1:]
+    arguments: Any = (arguments_class, TrainingArguments, AMPConfig)
+    parser = HfArgumentParser(
+        arguments,
+        description=description,
+        allow_abbrev=False,
+        usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
+    )
+    parser.set_defaults(**_DEFAULTS | defaults)
+    known = parser.parse_known_args(argv)[0]
+    if known.from_scratch:
+        parser.set_defaults(**from_scratch_defaults)
+    if known.budget is not None:
+        parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
+    own, args, amp_config = parser.parse_args_into_dataclasses(argv)
+    return own, args, amp_config
+
+
+def _read_yaml(path: str) -> list[str]:
+    """The file's arguments, as they would be written on the command line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file) or {}
+        if not isinstance(config, dict):
+            raise ValueError("it is not a mapping")
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} must be YAML, one `argument: value` a line: {reason}") from error
+    arguments: list[str] = []
+    for name, value in config.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words = [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+            arguments += [f"--{name}", *words]
+    return arguments

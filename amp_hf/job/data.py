@@ -1,0 +1,187 @@
+"""Datasets for classification: of the Hub, a folder or a file; and which of their rows to use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from transformers import TrainingArguments
+
+from .arguments import JobArguments
+
+# The column that keeps a row's number in the original split.
+NUMBER = "number of the row"
+
+
+class DataError(ValueError):
+    """A sample cannot be used; the message says which one. A dataloader's worker may raise it."""
+
+
+def load_splits(name: str) -> datasets.DatasetDict:
+    """The splits of a dataset of the Hub, of a local folder, or of one CSV, JSON or parquet file.
+
+    Raises:
+        ValueError: it is out of reach.
+    """
+    kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(
+        os.path.splitext(name)[1]
+    )
+    try:
+        if kind is not None:
+            return datasets.load_dataset(kind, data_files=name)
+        return datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"Dataset {name!r} could not be loaded ({reason}). Pass --dataset a local folder or "
+            "file; recipes/train_digits.py needs no download at all."
+        ) from error
+
+
+def find_column(
+    dataset: str,
+    features: datasets.Features,
+    kind: str,
+    wanted: str | None,
+    types: type | tuple[type, ...],
+    candidates: Iterable[str] | None = None,
+) -> str:
+    """The `wanted` column, or else the first of the candidates whose feature is of the `types`.
+
+    Args:
+        dataset, kind: for the message: `--{kind}_column` is the argument.
+        candidates: by default all columns.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tried = [wanted] if wanted else features if candidates is None else candidates
+    for column in tried:
+        if isinstance(features.get(column), types):
+            return column
+    raise ValueError(
+        f"Dataset {dataset!r} has no {kind} column{f' {wanted!r}' if wanted else ''}; it has "
+        f"{', '.join(features)}: name one with --{kind}_column."
+    )
+
+
+def with_labels(
+    dataset: str, splits: datasets.DatasetDict, wanted: str | None
+) -> tuple[datasets.DatasetDict, str]:
+    """The splits with a label column that is a `datasets.ClassLabel`, and that column's name.
+
+    Raises:
+        ValueError: there is no such column, or its values are no classes.
+    """
+    features = next(iter(splits.values())).features
+    classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
+    types, candidates = (datasets.ClassLabel, datasets.Value), [*classes, "label", "labels"]
+    column = find_column(dataset, features, "label", wanted, types, candidates)
+    return (splits if column in classes else _with_classes(splits, column)), column
+
+
+def _with_classes(splits: datasets.DatasetDict, column: str) -> datasets.DatasetDict:
+    """Makes a column of numbers or strings a `ClassLabel`, the same in all splits."""
+    kind = next(iter(splits.values())).features[column].dtype
+    if kind.startswith("float"):
+        raise ValueError(
+            f"Column {column!r} holds numbers of type {kind}, which are no classes: name another "
+            "one with --label_column."
+        )
+    values = {value for split in splits.values() for value in split.unique(column)}
+    names = sorted(values - {None, -1})  # which stand for "unlabeled"
+    index = {value: i for i, value in enumerate(names)}
+    splits = splits.map(lambda row: {column: index.get(row[column])})
+    label = datasets.ClassLabel(names=[str(value) for value in names])
+    return splits.cast_column(column, label)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to train on, to validate on during the training, and to test on at its end.
+
+    They have the columns of the input, that of the label, and `NUMBER`.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    tests: dict[str, datasets.Dataset]
+    label_column: str
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.train.features[self.label_column].names
+
+
+def choose_rows(
+    splits: datasets.DatasetDict,
+    columns: list[str],
+    label_column: str,
+    arguments: JobArguments,
+    args: TrainingArguments,
+) -> Rows:
+    """What the arguments say of the splits and of the numbers of rows.
+
+    Raises:
+        ValueError: a split is missing.
+    """
+    for argument, names in (("--dataset", ["train"]), ("--eval_splits", arguments.eval_splits)):
+        if missing := [name for name in names if name not in splits]:
+            raise ValueError(
+                f"{argument}: {arguments.dataset!r} has no split {missing[0]!r}, only "
+                f"{list(splits)}."
+            )
+    numbered = {
+        name: rows.select_columns([*columns, label_column]).add_column(NUMBER, np.arange(len(rows)))
+        for name, rows in splits.items()
+    }
+    train, validation = numbered["train"], numbered.get("validation")
+    if arguments.validation_fraction:
+        parts = train.train_test_split(
+            arguments.validation_fraction, stratify_by_column=label_column, seed=args.seed
+        )
+        train, validation = parts["train"], parts["test"]
+    tests = {name: numbered[name] for name in ["test", *arguments.eval_splits] if name in numbered}
+    if "test" in tests and set(tests["test"][label_column]) <= {-1, None}:
+        print("The test split has no labels: there will be no test results.")
+        del tests["test"]
+    few, seed = arguments.max_eval_samples, args.seed
+    return Rows(
+        train=_some(train, _training_size(len(train), arguments, args), seed),
+        validation=validation and _some(validation, few, seed),
+        tests={name: _some(rows, few, seed) for name, rows in tests.items()},
+        label_column=label_column,
+    )
+
+
+def _training_size(available: int, arguments: JobArguments, args: TrainingArguments) -> int:
+    size = min(available, arguments.max_train_samples or available)
+    # BatchNorm cannot train on a last batch of one image.
+    return size - 1 if size % args.train_batch_size == 1 < size else size
+
+
+def _some(rows: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:
+    """`count` of the rows, chosen at random; all of them where there are no more."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.shuffle(seed=seed).select(range(count))
+
+
+def check_labels(rows: datasets.Dataset, label_column: str, numbers: Iterable[int]) -> None:
+    """
+    Args:
+        numbers: each row's number in the original split.
+
+    Raises:
+        ValueError: a label is not one of the label column's classes.
+    """
+    classes = rows.features[label_column].num_classes
+    for number, label in zip(numbers, rows[label_column]):
+        if label is None or not 0 <= label < classes:
+            raise ValueError(
+                f"Label {label} of row {number} is none of the {classes} classes of column "
+                f"{label_column!r}: leave the unlabeled rows out of the dataset."
+            )

@@ -1,0 +1,180 @@
+"""From a recipe's arguments to its trainer and its test sets."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import datasets
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..card import CardDetails
+from ..config import AMPConfig
+from ..metrics import compute_metrics
+from ..trainer import AMPTrainer
+from .arguments import JobArguments
+from .data import Rows, choose_rows, load_splits, with_labels
+from .pushing import RecipeTrainer
+
+
+class Job(ABC):
+    """A training: `trainer`, and by name the datasets that the trained model is tested on, `tests`.
+
+    What depends on the kind of data is abstract.
+
+    Args:
+        trainer_class: of `trainer`.
+
+    Raises:
+        ValueError: an argument, or the dataset, is wrong; the message says which and why.
+    """
+
+    arguments: Any  # a `JobArguments` of the kind
+
+    def __init__(
+        self,
+        arguments: JobArguments,
+        args: TrainingArguments,
+        amp_config: AMPConfig,
+        trainer_class: type[AMPTrainer] = RecipeTrainer,
+    ) -> None:
+        self.arguments = arguments
+        _check_writable(str(args.output_dir))
+        _check_pictures(arguments)
+        args.resume_from_checkpoint = _find_checkpoint(args)
+        self.rows = self._load_rows(args)
+        model = self.new_model(args)
+        parts = {"train": self.rows.train, "validation": self.rows.validation} | self.rows.tests
+        made = {
+            name: self.dataset(name, part, args, model)
+            for name, part in parts.items()
+            if part is not None
+        }
+        self.tests = {name: made[name] for name in self.rows.tests}
+        self.trainer = self.new_trainer(
+            trainer_class, model, args, amp_config, made["train"], made.get("validation")
+        )
+        if arguments.compare_erm and self.trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "--compare_erm trains twice, and DeepSpeed drives one training per process: leave "
+                "it out, and train the ERM baseline in a run of its own, with --epsilon 0."
+            )
+        self.trainer.card_details = self._card_details()
+
+    # The name of the pipeline that loads what was trained, and of the model's class.
+    pipeline: ClassVar[str]
+
+    @abstractmethod
+    def input_columns(self, features: datasets.Features) -> list[str]:
+        """The columns that the model's input is made of; `ValueError` where there are none."""
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """The model that training starts from, in float32."""
+
+    @abstractmethod
+    def origin(self) -> tuple[str | None, str | None]:
+        """Hub id and license of the weights that training starts from."""
+
+    @abstractmethod
+    def dataset(
+        self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
+    ) -> Any:
+        """`rows` as `model` takes them; augmented where `name` is `"train"`."""
+
+    @abstractmethod
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Further arguments of the trainer."""
+
+    @abstractmethod
+    def load(self, folder: str) -> nn.Module:
+        """A saved model, whole on every process, even where the engine shards."""
+
+    def unaugmented(self, dataset: Any, model: Any) -> Any:
+        """What `dataset` made of the rows to train on, as `model` takes it in evaluation."""
+        return dataset
+
+    def how_to_load(self, folder: str) -> str:
+        """Python that loads what was saved in `folder`, the literal of a string."""
+        trust = ", trust_remote_code=True" if self.trainer.model.is_remote_code() else ""
+        return (
+            f"from transformers import pipeline\n"
+            f"classify = pipeline({self.pipeline!r}, model={folder}{trust})"
+        ).replace("'", '"')
+
+    def new_model(self, args: TrainingArguments) -> PreTrainedModel:
+        """The model that training starts from: the same one at every call."""
+        set_seed(args.seed)
+        return self.build_model()
+
+    def new_trainer(
+        self,
+        trainer_class: type[AMPTrainer],
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        amp_config: AMPConfig,
+        train_dataset: Any,
+        eval_dataset: Any,
+    ) -> AMPTrainer:
+        return trainer_class(
+            model=model,
+            args=args,
+            amp_config=amp_config,
+            compute_metrics=compute_metrics,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **self.trainer_arguments(),
+        )
+
+    def _load_rows(self, args: TrainingArguments) -> Rows:
+        arguments = self.arguments
+        with args.main_process_first(desc="loading the dataset"):
+            splits = load_splits(arguments.dataset)
+            columns = self.input_columns(next(iter(splits.values())).features)
+            splits, label = with_labels(arguments.dataset, splits, arguments.label_column)
+        return choose_rows(splits, columns, label, arguments, args)
+
+    def _card_details(self) -> CardDetails:
+        name = self.arguments.dataset
+        base_model, license = self.origin()
+        return CardDetails(
+            # A folder's name alone: its path is of no use to anyone else.
+            dataset=os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name,
+            base_model=base_model,
+            license=self.arguments.license or license,
+        )
+
+
+def _check_writable(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder!r} cannot be written to: {error}") from error
+
+
+def _check_pictures(arguments: JobArguments) -> None:
+    if (arguments.compare_erm or arguments.flatness) and find_spec("matplotlib") is None:
+        raise ValueError("--compare_erm and --flatness draw pictures: pip install matplotlib.")
+
+
+def _find_checkpoint(args: TrainingArguments) -> str | None:
+    """The folder that `--resume_from_checkpoint`, a path or `true`, means."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() == "true":
+        found = get_last_checkpoint(str(args.output_dir))
+    else:
+        found = wanted if os.path.isdir(wanted) else None
+    if found is None:
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted}: no checkpoint there (--output_dir is "
+            f"{args.output_dir!r})."
+        )
+    return found

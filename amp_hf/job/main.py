@@ -1,0 +1,132 @@
+"""The main job: train a model with AMP, evaluate it and save it, measure it, push it.
+
+The recipes in recipes/ are this with a kind of data and a dataset's defaults.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ..markdown import literal
+from ..trainer import AMPTrainer
+from .data import DataError
+from .job import Job
+from .pushing import HubError
+
+
+def main(
+    job_class: type[Job],
+    parse: Callable[..., tuple],
+    defaults: dict[str, Any],
+    from_scratch_defaults: dict[str, Any],
+    description: str | None = None,
+    argv: list[str] | None = None,
+) -> dict[str, float]:
+    """Parses the arguments, trains, evaluates, saves, and says where.
+
+    Args:
+        parse: from the next four to the first three arguments of `job_class`.
+        defaults: this recipe's, of any argument.
+        from_scratch_defaults: further ones, where there are no pretrained weights.
+        argv: the arguments, if they do not come from the command line.
+
+    Returns:
+        What `all_results.json` holds.
+
+    Exits with one line where something is wrong: with status 2 if it is the arguments or the data,
+    with status 1 if training diverged or the push failed.
+    """
+    try:
+        job = job_class(*parse(defaults, from_scratch_defaults, description, argv))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        _exit(error)
+    try:
+        results = _train_and_evaluate(job)
+    except DataError as error:  # from a dataloader's worker, with its traceback inside
+        _exit(error)
+    except HubError as error:
+        _exit(error, 1)
+    if not _all_finite(results):
+        print("The training diverged: lower --learning_rate or --epsilon.", file=sys.stderr)
+        sys.exit(1)
+    return results
+
+
+def _train_and_evaluate(job: Job) -> dict[str, float]:
+    """Saves after each step, so that a later one that fails loses nothing."""
+    trainer = job.trainer
+    evaluated: dict[str, Any] = dict(job.tests)
+    if trainer.eval_dataset is not None:
+        evaluated = {"eval": trainer.eval_dataset} | evaluated
+    results = _train(trainer) | _evaluate(trainer, evaluated)
+    trainer.create_model_card()
+    failure = None
+    if (job.arguments.compare_erm or job.arguments.flatness) and _all_finite(results):
+        failure = _measure_for_card(job, evaluated)
+        trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        folder = str(trainer.args.output_dir)
+        code = textwrap.indent(job.how_to_load(literal(folder)), "    ")
+        print(_SUMMARY.format(folder=folder, code=code))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if failure is not None:
+        raise failure
+    return results
+
+
+def _train(trainer: AMPTrainer) -> dict[str, float]:
+    result = trainer.train(trainer.args.resume_from_checkpoint)
+    trainer.save_model(_internal_call=True)  # pushed later, with all that its card will say
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    return dict(result.metrics)
+
+
+def _evaluate(trainer: AMPTrainer, evaluated: dict[str, Any]) -> dict[str, float]:
+    results: dict[str, float] = {}
+    for name, dataset in evaluated.items():
+        metrics = trainer.evaluate(dataset, metric_key_prefix=name)
+        trainer.log_metrics(name, metrics)
+        trainer.save_metrics(name, metrics)
+        results |= metrics
+    return results
+
+
+def _measure_for_card(job: Job, evaluated: dict[str, Any]) -> Exception | None:
+    """Returns what it raised, for the model to be pushed first."""
+    from .comparison import measure_for_card  # needs matplotlib
+
+    try:
+        measure_for_card(job, evaluated)
+    except Exception as error:
+        print(f"The model card lacks what could not be measured: {error}", file=sys.stderr)
+        return error
+    return None
+
+
+def _all_finite(results: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in results.values())
+
+
+_SUMMARY = """
+Saved in {folder}: the model, README.md (its card), amp_config.json, all_results.json.
+It loads without amp_hf:
+
+{code}
+"""
+
+
+def _exit(error: Exception, status: int = 2) -> NoReturn:
+    # An error from a dataloader's worker carries the worker's traceback, and its own line ends it.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    message = lines[-1 if isinstance(error, DataError) else 0]
+    message = message.rpartition(f"{type(error).__name__}: ")[2]
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""Text classification: what is its own of the recipes' job."""

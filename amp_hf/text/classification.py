@@ -1,0 +1,147 @@
+"""Text classification: the job of recipes/train_text.py.
+
+Arguments are those of `TrainingArguments`, of `AMPConfig` and of `TextArguments`, from the command
+line or from a YAML file. The file comes first, and arguments after it override it.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import datasets
+import safetensors.torch
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from ..job import main as job
+from ..job.data import NUMBER, check_labels, find_column
+from ..job.job import Job
+from .arguments import parse
+
+
+class TextJob(Job):
+    """An encoder of transformers, whole or with LoRA adapters, on texts or pairs of them."""
+
+    pipeline = "text-classification"
+
+    def input_columns(self, features: datasets.Features) -> list[str]:
+        chosen = self.arguments
+        strings = [name for name in features if features[name].dtype in ("string", "large_string")]
+        strings = [name for name in strings if name != chosen.label_column]
+        self.text_columns = [
+            find_column(chosen.dataset, features, "text", name, datasets.Value, strings)
+            for name in chosen.text_column or [None]
+        ]
+        return self.text_columns
+
+    def build_model(self) -> Any:
+        chosen, names = self.arguments, self.rows.label_names
+        if chosen.lora and find_spec("peft") is None:
+            raise ValueError("--lora needs peft: pip install peft.")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+            config = AutoConfig.from_pretrained(
+                chosen.model,
+                num_labels=len(names),
+                id2label=dict(enumerate(names)),
+                label2id={name: i for i, name in enumerate(names)},
+            )
+            if chosen.from_scratch:
+                model = AutoModelForSequenceClassification.from_config(config)
+            else:
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    chosen.model,
+                    config=config,
+                    dtype=torch.float32,
+                    ignore_mismatched_sizes=True,  # a head for other classes
+                )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--model {chosen.model!r} could not be loaded ({_first_line(error)}). Pass the "
+                "Hub id or the folder of an encoder."
+            ) from error
+        return self._with_adapters(model) if chosen.lora else model
+
+    def _with_adapters(self, model: PreTrainedModel) -> Any:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=self.arguments.lora,
+            lora_alpha=2 * self.arguments.lora,
+            target_modules="all-linear",
+        )
+        return get_peft_model(model, config)
+
+    def origin(self) -> tuple[str | None, str | None]:
+        name = self.arguments.model
+        if self.arguments.from_scratch:
+            return None, None
+        if not os.path.isdir(name):
+            return name, None
+        path = os.path.join(name, "README.md")
+        data: Any = ModelCard.load(path).data if os.path.isfile(path) else None
+        return (data.base_model, data.license) if data else (None, None)
+
+    def dataset(
+        self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
+    ) -> datasets.Dataset:
+        label, length = self.rows.label_column, self.arguments.max_length
+        check_labels(rows, label, rows[NUMBER])
+
+        def encode(batch: dict[str, list]) -> Any:
+            texts = ([text or "" for text in batch[column]] for column in self.text_columns)
+            return self.tokenizer(*texts, truncation=True, max_length=length) | {
+                "labels": batch[label]
+            }
+
+        with args.main_process_first(desc="tokenizing"):
+            return rows.map(encode, batched=True, remove_columns=rows.column_names, desc=name)
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        return dict(
+            processing_class=self.tokenizer, data_collator=DataCollatorWithPadding(self.tokenizer)
+        )
+
+    def load(self, folder: str) -> nn.Module:
+        if self.arguments.lora:
+            from peft import AutoPeftModelForSequenceClassification
+
+            labels = len(self.rows.label_names)
+            return AutoPeftModelForSequenceClassification.from_pretrained(
+                folder, num_labels=labels, is_trainable=True
+            )
+        # Under ZeRO-3, `from_pretrained` would shard it.
+        config = AutoConfig.from_pretrained(folder)
+        model = getattr(transformers, config.architectures[0])(config)
+        safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
+        return model
+
+    def how_to_load(self, folder: str) -> str:
+        if not self.arguments.lora:
+            return super().how_to_load(folder)
+        return (
+            "from peft import AutoPeftModelForSequenceClassification\n"
+            "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
+            f"    {folder}, num_labels={len(self.rows.label_names)}\n)"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+main = partial(job.main, TextJob, parse)

@@ -1,0 +1,206 @@
+"""recipes/train_text.py on real texts, what Python says of its own functions, with a tiny BERT."""
+
+import builtins
+import inspect
+import json
+import math
+import os
+import re
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from scripts import RECIPES, run_here
+from support import differing
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+    set_seed,
+)
+
+from amp_hf import AMPConfig
+from amp_hf.text.arguments import TextArguments, parse
+from amp_hf.text.classification import TextJob, main
+
+MODULES = {"builtins": builtins, "math": math, "os": os}
+QUICK = ["--num_train_epochs=2", "--use_cpu", "--report_to=none", "--learning_rate=1e-3"]
+
+
+def texts():
+    """The first line of each function's description, and the module that it is of."""
+    rows = []
+    for name, module in MODULES.items():
+        for function in vars(module).values():
+            lines = (inspect.getdoc(function) or "").splitlines() if callable(function) else []
+            rows += [{"what": line, "module": name} for line in lines[:1] if line]
+    return datasets.Dataset.from_list(rows).shuffle(seed=0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of CSV files, as people have them."""
+    folder = tmp_path_factory.mktemp("functions")
+    rows = texts()
+    rows.select(range(120)).to_csv(folder / "train.csv")
+    rows.select(range(120, 160)).to_csv(folder / "test.csv")
+    datasets.load_dataset(str(folder))  # shows progress the first time
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The folder of an encoder with random weights, and a tokenizer that knows these words."""
+    folder = str(tmp_path_factory.mktemp("encoder"))
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words.train_from_iterator(
+        texts()["what"][:], trainers.WordLevelTrainer(vocab_size=500, special_tokens=special)
+    )
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    named = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
+    set_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(vocab_size=500, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def arguments(data, encoder, folder, *more):
+    words = ["--model", encoder, "--dataset", data, "--output_dir", str(folder)]
+    return [*QUICK, *words, "--label_column=module", *map(str, more)]
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def nll(logits, label_names, rows):
+    labels = torch.tensor([label_names.index(row["module"]) for row in rows])
+    return torch.nn.functional.cross_entropy(logits, labels).item()
+
+
+@pytest.mark.slow
+def test_the_text_recipe_trains_tests_compares_and_says_how_to_load(
+    tmp_path, data, encoder, monkeypatch, capsys
+):
+    argv = arguments(data, encoder, tmp_path / "out", "--epsilon=0.1", "--text_column=what")
+    more = ["--compare_erm", "--flatness", "--max_train_samples=16"]
+    run_here(RECIPES / "train_text.py", monkeypatch, *argv, *more)
+    out = tmp_path / "out"
+    assert f'pipeline("text-classification", model="{out}")' in capsys.readouterr().out
+    rows = datasets.load_dataset(data)["test"]
+    classify = pipeline("text-classification", model=str(out), top_k=None)
+    losses = []
+    for row, scores in zip(rows, classify(rows["what"][:])):
+        (score,) = [each["score"] for each in scores if each["label"] == row["module"]]
+        losses.append(-math.log(score))
+    assert sum(losses) / len(losses) == pytest.approx(results(out)["test_nll"], abs=1e-4)
+    assert AMPConfig.from_json_file(out / "amp_config.json").epsilon == 0.1
+
+    card = ModelCard.load(out / "README.md", ignore_metadata_errors=False)
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.base_model is None and str(tmp_path) not in str(card.data.to_dict())
+    (line,) = [line for line in card.text.splitlines() if line.startswith("| test: accuracy")]
+    assert re.fullmatch(r"\| [^|]+ \| [\d.%]+ \| [\d.%]+ \|", line)
+    assert "largest eigenvalue" in card.text and card.text.count(".png)") == 3
+    # The baseline is what the stock Trainer trains from the same seed.
+    stock = arguments(data, encoder, tmp_path / "stock", "--epsilon=0", "--max_train_samples=16")
+    main({}, {}, None, stock)
+    baseline, expected = (
+        AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+        for folder in (out / "_erm", tmp_path / "stock")
+    )
+    assert differing(baseline, expected) == []
+
+
+@pytest.mark.slow
+def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, encoder, capsys):
+    argv = arguments(data, encoder, tmp_path, "--epsilon=0.1", "--lora=4", "--compare_erm")
+    found = main({}, {}, None, argv)
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+    printed = capsys.readouterr().out.partition("It loads without amp_hf:")[2]
+    code = "\n".join(line.strip() for line in printed.splitlines() if line.startswith("    "))
+    names = {}
+    exec(code.replace("\n)", ")"), names)
+    rows = datasets.load_dataset(data)["test"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        encoded = tokenizer(rows["what"][:], padding=True, return_tensors="pt")
+        logits = names["model"].eval()(**encoded).logits
+    assert nll(logits, sorted(MODULES), rows) == pytest.approx(found["test_nll"], abs=1e-5)
+    # What --flatness measures: the loss along the adapters and the head.
+    job = TextJob(*parse({}, {}, None, argv))
+    trained, loaded = (
+        {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for model in (job.trainer.model, job.load(str(tmp_path)))
+    )
+    assert trained == loaded and any("lora_A" in name for name in trained)
+
+
+def test_adapters_resume_to_the_bit(tmp_path, data, encoder):
+    def train(name, *more):
+        folder = tmp_path / name
+        more = ["--epsilon=0.1", "--lora=4", "--max_train_samples=32", "--seed=3", *more]
+        main({}, {}, None, arguments(data, encoder, folder, *more))
+        return (folder / "adapter_model.safetensors").read_bytes()
+
+    whole = train("whole")
+    assert (
+        train("resumed", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-1") == whole
+    )
+    assert train("other", "--learning_rate=1e-4") != whole
+
+
+def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path, encoder):
+    pairs = texts().select(range(24)).map(lambda row: {"twice": f"{row['what']} " * 20})
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    argv = arguments(str(tmp_path / "pairs.jsonl"), encoder, tmp_path / "out", "--max_length=40")
+    argv += ["--text_column", "what", "twice", "--validation_fraction=0.25"]
+    job = TextJob(*parse({}, {}, None, argv))
+    batch = next(iter(job.trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] == 40
+    assert ((batch["input_ids"] == 3).sum(1) == 2).all()  # two separators
+    assert len(job.trainer.train_dataset) + len(job.trainer.eval_dataset) == 24
+    assert not job.tests
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--text_column=nope"], "has no text column 'nope'; it has what, module: name one with"),
+        (["--label_column=nope"], "has no label column 'nope'"),
+        (["--model=no/such/encoder"], "--model 'no/such/encoder' could not be loaded"),
+        (["--dataset=no/such/set"], "could not be loaded"),
+        (["--lora=-1"], "--lora must be at least 0, got -1."),
+        (["--max_length=0"], "--max_length must be at least 1, got 0."),
+        (["--text_column", "what", "module", "what"], "takes one column or two"),
+        (["--eval_splits=hard"], "has no split 'hard', only ['train', 'test']"),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, data, encoder, capsys, words, said):
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, [*arguments(data, encoder, tmp_path), *words])
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_numbers_with_fractions_are_no_classes(tmp_path, encoder, capsys):
+    rows = texts().select(range(8)).map(lambda row: {"score": len(row["what"]) / 7})
+    rows.to_parquet(tmp_path / "scored.parquet")
+    argv = arguments(str(tmp_path / "scored.parquet"), encoder, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        main({}, {}, None, [*argv, "--label_column=score"])
+    assert "'score' holds numbers of type float64, which are no classes" in capsys.readouterr().err
+
+
+def test_text_arguments_have_help_texts():
+    fields = TextArguments.__dataclass_fields__.values()
+    assert [field.name for field in fields if "help" not in field.metadata] == []
