@@ -7,8 +7,10 @@ uninterrupted one.
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,3 +305,60 @@ def test_grpo_is_refused_but_for_radius_zero(tmp_path):
         trainer.train()
         runs.append(weights(trainer.model))
     assert not differing(*runs)
+
+
+def block_of(page, word):
+    """The block of Python in a page of this repository that has the word."""
+    text = (Path(__file__).parent.parent / page).read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in b]
+    return block
+
+
+def test_the_fine_tuning_of_the_readme_runs(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    network().save_pretrained("gpt2")
+    tokenizer().save_pretrained("gpt2")
+    Dataset.from_dict({"text": TEXTS}).to_json("texts.jsonl")
+    code = block_of("README.md", "SFTTrainer")
+    for here, there in {
+        '"gpt2"': '"Qwen/Qwen3-0.6B"',
+        '"json", data_files="texts.jsonl", ': '"trl-lib/Capybara", ',
+        'report_to="none", use_cpu=True, bf16=False, num_train_epochs=3': "num_train_epochs=3",
+    }.items():
+        assert there in code
+        code = code.replace(there, here)
+    names = {}
+    exec(code, names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 3 * -(-len(TEXTS) // 8)
+    assert trainer.amp_config == AMPConfig()
+
+
+def test_setfit_perturbs_with_the_three_lines_of_the_documentation(tmp_path, monkeypatch):
+    setfit = pytest.importorskip("setfit")
+    from sklearn.linear_model import LogisticRegression
+
+    name = "BCSentenceTransformersTrainer"
+    stock = getattr(setfit.trainer, name)
+    monkeypatch.setattr(setfit.trainer, name, stock)  # as it is, also at the end
+    names = {"AMPTrainerMixin": AMPTrainerMixin}
+    exec(block_of("amp_hf/README.md", "setfit.trainer"), names)
+    ours = getattr(setfit.trainer, name)
+    assert ours is names["AMPInner"]
+    trained = []
+    for config in (None, AMPConfig(epsilon=0), always(epsilon=0.05)):
+        inner = functools.partial(ours, amp_config=config) if config else stock
+        setattr(setfit.trainer, name, inner)
+        body = encoder(tmp_path)
+        trainer = setfit.Trainer(
+            model=setfit.SetFitModel(model_body=body, model_head=LogisticRegression()),
+            args=setfit.TrainingArguments(
+                output_dir=str(tmp_path), max_steps=4, report_to="none", save_strategy="no"
+            ),
+            train_dataset=Dataset.from_dict({"text": TEXTS, "label": [0, 1] * (len(TEXTS) // 2)}),
+        )
+        trainer.train()
+        trained.append(weights(body))
+    assert not differing(trained[0], trained[1])
+    assert differing(trained[0], trained[2])
