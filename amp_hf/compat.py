@@ -5,9 +5,11 @@ Each entry says from which version on it is superfluous: remove it when the lowe
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 
@@ -24,6 +26,10 @@ def forget_gathered(model: Any) -> None:
         model.reset_iter_state()
 
 
+# From 5.19 on; an older Trainer divides a loss whatever a subclass of it says.
+ASKS_WHO_DIVIDES = Version(importlib.metadata.version("transformers")) >= Version("5.19")
+
+
 def loss_is_scaled_for_ga(trainer: Any) -> bool:
-    """An attribute that a `Trainer` has from transformers 5.19 on."""
-    return getattr(trainer, "loss_is_scaled_for_ga", False)
+    """Whether the loss comes divided by the micro-batches, so that the Trainer does not."""
+    return ASKS_WHO_DIVIDES and trainer.loss_is_scaled_for_ga

@@ -19,9 +19,8 @@ from .compat import foreach_clone
 from .preserve import all_buffers, preserved_buffers, preserved_rng
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from transformers import Trainer
+    from typing_extensions import Self
 
 Batch = Mapping[str, Any]
 Vector = Sequence[Tensor]  # a tensor for each parameter

@@ -116,8 +116,7 @@ def _arguments(trainer: Trainer) -> dict[str, Any]:
 
 def _seconds(trainer: Trainer) -> float | None:
     times = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
-    # The Trainer sets its first step when it starts; a state from a file comes without.
-    return times[-1] if times and getattr(trainer, "_initial_global_step", 0) == 0 else None
+    return times[-1] if times and not getattr(trainer, "resumed", False) else None
 
 
 def delta_norms(state: TrainerState) -> list[float]:

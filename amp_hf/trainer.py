@@ -78,6 +78,7 @@ class AMPTrainerMixin(_Parent):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
+        self.resumed = bool(resume_from_checkpoint)  # then `train_runtime` is that of a part
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:

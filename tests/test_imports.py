@@ -102,8 +102,8 @@ def test_the_arrows_of_the_map_are_there(arrows):
 
 
 def test_the_mathematics_and_the_card_know_nothing_of_the_trainer():
-    assert below("perturbation") == {"blocks", "config"}
-    assert below("config") == below("blocks") == set()
+    assert below("perturbation") == {"blocks", "compat", "config"}
+    assert below("config") == below("blocks") == below("compat") == set()
     assert below("card") & {"trainer", "step", "engine"} == set()
     assert below("trainer") & (ABOVE | MEASURING) == set()
 

@@ -101,7 +101,8 @@ class Job(ABC):
 
     def how_to_load(self, folder: str) -> str:
         """Python that loads what was saved in `folder`, the literal of a string."""
-        trust = ", trust_remote_code=True" if self.trainer.model.is_remote_code() else ""
+        has_code = getattr(self.trainer.model, "_auto_class", None) is not None
+        trust = ", trust_remote_code=True" if has_code else ""
         return (
             f"from transformers import pipeline\n"
             f"classify = pipeline({self.pipeline!r}, model={folder}{trust})"

@@ -26,9 +26,9 @@ class ClosureTrainer(Trainer):
         self.algorithm = algorithm
         super().__init__(**kwargs)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, *args):
         if self.optimizer is None:
-            self.perturbed_step = self.algorithm(super().create_optimizer(model))
+            self.perturbed_step = self.algorithm(super().create_optimizer(*args))
             self.optimizer = Stepped(self.model.parameters(), lr=0.0)
         return self.optimizer
 
