@@ -26,8 +26,22 @@ def forget_gathered(model: Any) -> None:
         model.reset_iter_state()
 
 
+_transformers = Version(importlib.metadata.version("transformers"))
+
+
+def sgd_with_arguments(args: Any) -> dict[str, Any]:
+    """For a `Trainer`, where `optim="sgd"` comes with `optim_args`: it heeds them from 5.3 on."""
+    if _transformers >= Version("5.3") or args.optim != "sgd" or not args.optim_args:
+        return {}
+    given = dict(pair.split("=") for pair in args.optim_args.replace(" ", "").split(","))
+    kwargs: dict[str, Any] = {"lr": args.learning_rate}
+    kwargs |= {name: float(given[name]) for name in ("momentum", "dampening") if name in given}
+    kwargs["nesterov"] = given.get("nesterov", "").lower() in ("true", "1", "yes")
+    return {"optimizer_cls_and_kwargs": (torch.optim.SGD, kwargs)}
+
+
 # From 5.19 on; an older Trainer divides a loss whatever a subclass of it says.
-ASKS_WHO_DIVIDES = Version(importlib.metadata.version("transformers")) >= Version("5.19")
+ASKS_WHO_DIVIDES = _transformers >= Version("5.19")
 
 
 def loss_is_scaled_for_ga(trainer: Any) -> bool:

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.compat import sgd_with_arguments
 from amp_hf.flatness import LossSurface
 from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import build_model, preprocessing
@@ -119,6 +120,7 @@ def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: st
         data_collator=as_is,
         train_dataset=train_set,
         compute_metrics=compute_metrics,
+        **sgd_with_arguments(args),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -39,7 +39,8 @@ MODEL_INDEX = [{"name": str, "results": [RESULT]}]
 def use(endpoint, patch):
     """Lets this process's client know the Hub at `endpoint` alone; `patch` is a MonkeyPatch."""
     patch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    # A client that knows the other one; older versions of transformers keep none.
+    # The clients that know the other one; older versions of transformers have none of their own.
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
     patch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)

@@ -28,7 +28,7 @@ from amp_hf.images import data as image_data
 from amp_hf.images.arguments import ImageArguments, parse
 from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import preprocessing
-from amp_hf.images.classification import main
+from amp_hf.images.classification import ImageJob, main
 from amp_hf.job import job as amp_job
 
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
@@ -367,6 +367,13 @@ def test_a_training_that_diverges_is_saved_and_ends_with_one_line(tmp_path, data
     code, line = failure(capsys, *argv)
     assert code == 1 and line.startswith("The training diverged: lower --learning_rate")
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_sgd_has_the_momentum_that_is_asked_for(tmp_path, data):
+    argv = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
+    trainer = ImageJob(*parse({}, {}, None, argv)).trainer
+    groups = trainer.create_optimizer().param_groups
+    assert {(group["momentum"], group["nesterov"]) for group in groups} == {(0.9, True)}
 
 
 def test_a_last_batch_of_one_image_is_dropped(tmp_path, data):

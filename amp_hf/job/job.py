@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..card import CardDetails
+from ..compat import sgd_with_arguments
 from ..config import AMPConfig
 from ..metrics import compute_metrics
 from ..trainer import AMPTrainer
@@ -129,6 +130,7 @@ class Job(ABC):
             compute_metrics=compute_metrics,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            **sgd_with_arguments(args),
             **self.trainer_arguments(),
         )
 

@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.compat import sgd_with_arguments
 from amp_hf.images.augment import train_transform
 from amp_hf.images.backbones import build_model, preprocessing
 from amp_hf.images.data import ImageDataset, as_is
@@ -201,6 +202,7 @@ def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type,
     )
     if not augments:
         data = Prepared(data.__getitems__(list(range(batch_size))), count)
+    own |= sgd_with_arguments(args)
     trainer = cls(model=model, args=args, data_collator=as_is, train_dataset=data, **own)
     trainer.remove_callback(PrinterCallback)
     return trainer
