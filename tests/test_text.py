@@ -181,7 +181,9 @@ def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path,
         (["--dataset=no/such/set"], "could not be loaded"),
         (["--lora=-1"], "--lora must be at least 0, got -1."),
         (["--max_length=0"], "--max_length must be at least 1, got 0."),
-        (["--text_column", "what", "module", "what"], "takes one column or two"),
+        (["--text_column", "what", "module", "what"], "takes one column or two that differ"),
+        (["--text_column", "what", "what"], "takes one column or two that differ"),
+        (["--text_column=module"], "has no text column 'module'"),
         (["--eval_splits=hard"], "has no split 'hard', only ['train', 'test']"),
     ],
 )
@@ -190,6 +192,50 @@ def test_bad_input_ends_with_one_line(tmp_path, data, encoder, capsys, words, sa
         main({}, {}, None, [*arguments(data, encoder, tmp_path), *words])
     assert exit.value.code == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_label_of_strings_is_not_taken_for_the_text_and_other_columns_do_not_matter(
+    tmp_path, encoder
+):
+    rows = [
+        {"label": row["module"], "tags": ["a"], "from": {"page": 1}, "what": row["what"]}
+        for row in texts().select(range(8))
+    ]
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    argv = ["--model", encoder, f"--dataset={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path}"]
+    job = TextJob(*parse({}, {}, None, argv))
+    assert (job.text_columns, job.rows.label_column) == (["what"], "label")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("", "No columns to parse from file"),
+        ("what,module\na,b\nc,d,e,f\n", "Expected 2 fields in line 3, saw 4"),
+        ("what,module\n1,b\n", "has no text column; it has what, module"),
+    ],
+)
+def test_a_broken_file_ends_with_what_is_wrong_with_it(tmp_path, encoder, capsys, lines, said):
+    file = tmp_path / "rows.csv"
+    file.write_text(lines)
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, arguments(str(file), encoder, tmp_path / "out"))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and said in line and "train_digits" not in line
+
+
+def test_one_of_several_configurations_is_chosen_by_name(tmp_path, encoder, capsys):
+    head = ["---", "configs:"]
+    for i, name in enumerate(["first", "second"], start=1):
+        texts().select(range(8 * i)).to_csv(tmp_path / f"{name}.csv")
+        head += [f"- config_name: {name}", f"  data_files: {name}.csv"]
+    (tmp_path / "README.md").write_text("\n".join([*head, "---", ""]))
+    argv = arguments(str(tmp_path), encoder, tmp_path / "out")
+    job = TextJob(*parse({}, {}, None, [*argv, "--dataset_config=second"]))
+    assert len(job.trainer.train_dataset) == 16
+    with pytest.raises(SystemExit):
+        main({}, {}, None, argv)
+    assert "['first', 'second'], with --dataset_config" in capsys.readouterr().err
 
 
 def test_numbers_with_fractions_are_no_classes(tmp_path, encoder, capsys):

@@ -38,8 +38,10 @@ class TextArguments(JobArguments):
         self._check_at_least_one("max_length")
         if self.lora < 0:
             raise ValueError(f"--lora must be at least 0, got {self.lora}.")
-        if len(self.text_column) > 2:
-            raise ValueError(f"--text_column takes one column or two, got {self.text_column}.")
+        if len(self.text_column) > 2 or len(set(self.text_column)) < len(self.text_column):
+            raise ValueError(
+                f"--text_column takes one column or two that differ, got {self.text_column}."
+            )
         super().__post_init__()
 
 

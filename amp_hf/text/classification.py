@@ -32,6 +32,9 @@ from ..job.job import Job
 from .arguments import parse
 
 
+STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
+
+
 class TextJob(Job):
     """An encoder of transformers, whole or with LoRA adapters, on texts or pairs of them."""
 
@@ -39,10 +42,9 @@ class TextJob(Job):
 
     def input_columns(self, features: datasets.Features) -> list[str]:
         chosen = self.arguments
-        strings = [name for name in features if features[name].dtype in ("string", "large_string")]
-        strings = [name for name in strings if name != chosen.label_column]
+        strings = [name for name in features if features[name] in STRINGS]
         self.text_columns = [
-            find_column(chosen.dataset, features, "text", name, datasets.Value, strings)
+            find_column(chosen.dataset, features, "text", name, strings)
             for name in chosen.text_column or [None]
         ]
         return self.text_columns
