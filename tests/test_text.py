@@ -182,6 +182,18 @@ def test_an_encoder_that_was_trained_for_several_labels_a_text_learns_one(tmp_pa
     assert math.isfinite(main({}, {}, None, argv)["test_nll"])
 
 
+@pytest.mark.parametrize("lora", [0, 4])
+def test_accumulated_micro_batches_are_averaged(tmp_path, data, encoder, lora):
+    losses = []
+    for size, count in ((16, 1), (4, 4)):
+        sizes = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={count}"]
+        argv = arguments(
+            data, encoder, tmp_path, *sizes, f"--lora={lora}", "--max_train_samples=16"
+        )
+        losses.append(main({}, {}, None, argv)["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)  # dropout differs
+
+
 def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path, data, encoder, capsys):
     folder = shutil.copytree(encoder, tmp_path / "unpadded")
     tokenizer = AutoTokenizer.from_pretrained(folder)

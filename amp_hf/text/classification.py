@@ -29,6 +29,7 @@ from transformers import (
 from ..job import main as job
 from ..job.data import NUMBER, check_labels, find_column
 from ..job.job import Job
+from ..trainer import AMPTrainer
 from .arguments import parse
 
 STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
@@ -122,6 +123,13 @@ class TextJob(Job):
         return dict(
             processing_class=self.tokenizer, data_collator=DataCollatorWithPadding(self.tokenizer)
         )
+
+    def new_trainer(self, *args: Any) -> AMPTrainer:
+        trainer = super().new_trainer(*args)
+        # These models take `num_items_in_batch`, but their loss is the mean of the micro-batch all
+        # the same: the Trainer would add up what it has to average, over steps and over ranks.
+        trainer.model_accepts_loss_kwargs = False
+        return trainer
 
     def load(self, folder: str) -> nn.Module:
         if self.arguments.lora:
