@@ -21,7 +21,8 @@ ARCHITECTURE = "test_resnet"
 
 def load_images(name, label_column=None):
     splits = load_splits(name)
-    image = find_column(name, splits["train"].features, "image", None, datasets.Image)
+    images = [n for n, f in splits["train"].features.items() if isinstance(f, datasets.Image)]
+    image = find_column(name, splits["train"].features, "image", None, images)
     splits, label = with_labels(name, splits, label_column)
     return splits, image, label
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import datasets
 import pytest
@@ -15,10 +16,13 @@ from scripts import RECIPES, run_here
 from support import differing
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     PreTrainedTokenizerFast,
     pipeline,
     set_seed,
@@ -145,6 +149,60 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
     assert trained == loaded and any("lora_A" in name for name in trained)
 
 
+def test_with_adapters_every_new_module_is_trained_and_saved(tmp_path, data, encoder):
+    """Not only the head: DistilBERT puts a new layer in front of it."""
+    folder = shutil.copytree(encoder, tmp_path / "distilbert")
+    sizes = dict(dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    DistilBertModel(DistilBertConfig(vocab_size=500, **sizes)).save_pretrained(folder)
+    argv = arguments(data, str(folder), tmp_path / "out", "--lora=4")
+    job = TextJob(*parse({}, {}, None, argv))
+    trained = [name for name, each in job.trainer.model.named_parameters() if each.requires_grad]
+    assert any("pre_classifier" in name for name in trained)
+    job.trainer.save_model()
+    set_seed(1)
+    before, after = (
+        {name: value for name, value in model.state_dict().items() if "original_module" not in name}
+        for model in (job.trainer.model, job.load(str(tmp_path / "out")))
+    )
+    assert differing(before, after) == []
+
+
+def test_a_text_is_cut_off_where_the_encoder_ends(tmp_path, data, encoder):
+    folder = shutil.copytree(encoder, tmp_path / "short")
+    AutoTokenizer.from_pretrained(folder, model_max_length=7).save_pretrained(folder)
+    job = TextJob(*parse({}, {}, None, arguments(data, str(folder), tmp_path / "out")))
+    assert max(map(len, job.trainer.train_dataset["input_ids"])) == 7
+
+
+def test_an_encoder_that_was_trained_for_several_labels_a_text_learns_one(tmp_path, data, encoder):
+    folder = shutil.copytree(encoder, tmp_path / "toxic")
+    config = AutoConfig.from_pretrained(folder, problem_type="multi_label_classification")
+    config.save_pretrained(folder)
+    argv = arguments(data, str(folder), tmp_path / "out", "--max_train_samples=8")
+    assert math.isfinite(main({}, {}, None, argv)["test_nll"])
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_accumulated_micro_batches_are_averaged(tmp_path, data, encoder, lora):
+    losses = []
+    for size, count in ((16, 1), (4, 4)):
+        sizes = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={count}"]
+        sizes += ["--max_train_samples=16", "--learning_rate=1e-9"]
+        argv = arguments(data, encoder, tmp_path, *sizes, f"--lora={lora}")
+        losses.append(main({}, {}, None, argv)["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)  # dropout differs
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path, data, encoder, capsys):
+    folder = shutil.copytree(encoder, tmp_path / "unpadded")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(SystemExit):
+        main({}, {}, None, arguments(data, str(folder), tmp_path / "out"))
+    assert "could not be loaded (its tokenizer has no padding token)" in capsys.readouterr().err
+
+
 def test_adapters_resume_to_the_bit(tmp_path, data, encoder):
     def train(name, *more):
         folder = tmp_path / name
@@ -180,8 +238,11 @@ def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path,
         (["--model=no/such/encoder"], "--model 'no/such/encoder' could not be loaded"),
         (["--dataset=no/such/set"], "could not be loaded"),
         (["--lora=-1"], "--lora must be at least 0, got -1."),
+        (["--lora=4", "--from_scratch"], "--lora adapts pretrained weights"),
         (["--max_length=0"], "--max_length must be at least 1, got 0."),
-        (["--text_column", "what", "module", "what"], "takes one column or two"),
+        (["--text_column", "what", "module", "what"], "takes one column or two that differ"),
+        (["--text_column", "what", "what"], "takes one column or two that differ"),
+        (["--text_column=module"], "has no text column 'module'"),
         (["--eval_splits=hard"], "has no split 'hard', only ['train', 'test']"),
     ],
 )
@@ -190,6 +251,50 @@ def test_bad_input_ends_with_one_line(tmp_path, data, encoder, capsys, words, sa
         main({}, {}, None, [*arguments(data, encoder, tmp_path), *words])
     assert exit.value.code == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_label_of_strings_is_not_taken_for_the_text_and_other_columns_do_not_matter(
+    tmp_path, encoder
+):
+    rows = [
+        {"label": row["module"], "tags": ["a"], "from": {"page": 1}, "what": row["what"]}
+        for row in texts().select(range(8))
+    ]
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    argv = ["--model", encoder, f"--dataset={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path}"]
+    job = TextJob(*parse({}, {}, None, argv))
+    assert (job.text_columns, job.rows.label_column) == (["what"], "label")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("", "No columns to parse from file"),
+        ("what,module\na,b\nc,d,e,f\n", "Expected 2 fields in line 3, saw 4"),
+        ("what,module\n1,b\n", "has no text column; it has what, module"),
+    ],
+)
+def test_a_broken_file_ends_with_what_is_wrong_with_it(tmp_path, encoder, capsys, lines, said):
+    file = tmp_path / "rows.csv"
+    file.write_text(lines)
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, arguments(str(file), encoder, tmp_path / "out"))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and said in line and "train_digits" not in line
+
+
+def test_one_of_several_configurations_is_chosen_by_name(tmp_path, encoder, capsys):
+    head = ["---", "configs:"]
+    for i, name in enumerate(["first", "second"], start=1):
+        texts().select(range(8 * i)).to_csv(tmp_path / f"{name}.csv")
+        head += [f"- config_name: {name}", f"  data_files: {name}.csv"]
+    (tmp_path / "README.md").write_text("\n".join([*head, "---", ""]))
+    argv = arguments(str(tmp_path), encoder, tmp_path / "out")
+    job = TextJob(*parse({}, {}, None, [*argv, "--dataset_config=second"]))
+    assert len(job.trainer.train_dataset) == 16
+    with pytest.raises(SystemExit):
+        main({}, {}, None, argv)
+    assert "['first', 'second'], with --dataset_config" in capsys.readouterr().err
 
 
 def test_numbers_with_fractions_are_no_classes(tmp_path, encoder, capsys):

@@ -38,9 +38,10 @@ class ImageJob(Job):
     pipeline = "image-classification"
 
     def input_columns(self, features: datasets.Features) -> list[str]:
-        wanted = self.arguments.image_column
+        chosen = self.arguments
+        images = [name for name in features if isinstance(features[name], datasets.Image)]
         self.image_column = find_column(
-            self.arguments.dataset, features, "image", wanted, datasets.Image
+            chosen.dataset, features, "image", chosen.image_column, images
         )
         return [self.image_column]
 

@@ -21,8 +21,13 @@ class JobArguments:
 
     model: str = field(metadata={"help": "Where the weights are."})
     dataset: str = field(metadata={"help": "Where the rows are."})
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Which of the dataset's configurations, such as sst2 of nyu-mll/glue."},
+    )
     label_column: str | None = field(
-        default=None, metadata={"help": "Default: the first column of class labels."}
+        default=None,
+        metadata={"help": "Default: the first column of class labels, or else label or labels."},
     )
     from_scratch: bool = field(
         default=False, metadata={"help": "Initial values instead of pretrained weights."}

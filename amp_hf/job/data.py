@@ -20,11 +20,14 @@ class DataError(ValueError):
     """A sample cannot be used; the message says which one. A dataloader's worker may raise it."""
 
 
-def load_splits(name: str) -> datasets.DatasetDict:
+def load_splits(name: str, config: str | None = None) -> datasets.DatasetDict:
     """The splits of a dataset of the Hub, of a local folder, or of one CSV, JSON or parquet file.
 
+    Args:
+        config: which of the dataset's configurations, if it has several.
+
     Raises:
-        ValueError: it is out of reach.
+        ValueError: it is out of reach, or broken.
     """
     kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(
         os.path.splitext(name)[1]
@@ -32,13 +35,26 @@ def load_splits(name: str) -> datasets.DatasetDict:
     try:
         if kind is not None:
             return datasets.load_dataset(kind, data_files=name)
-        return datasets.load_dataset(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        return datasets.load_dataset(name, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        remedy = (
+            " Pass --dataset a local folder or file; recipes/train_digits.py needs no download at "
+            "all."
+        )
         raise ValueError(
-            f"Dataset {name!r} could not be loaded ({reason}). Pass --dataset a local folder or "
-            "file; recipes/train_digits.py needs no download at all."
+            f"Dataset {name!r} could not be loaded ({_reason(error)})."
+            f"{'' if os.path.exists(name) else remedy}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line: `datasets` says below its first one, or in the cause, what is wrong with a file."""
+    lines = [line for line in f"{error}\n{error.__cause__}".splitlines() if line]
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):
+        return lines[1]
+    if lines[0].startswith("Config name is missing"):
+        return f"{lines[1]}, with --dataset_config"
+    return lines[0].rstrip(".")
 
 
 def find_column(
@@ -46,21 +62,18 @@ def find_column(
     features: datasets.Features,
     kind: str,
     wanted: str | None,
-    types: type | tuple[type, ...],
-    candidates: Iterable[str] | None = None,
+    candidates: Iterable[str],
 ) -> str:
-    """The `wanted` column, or else the first of the candidates whose feature is of the `types`.
+    """The first of the candidates, or the `wanted` one.
 
     Args:
-        dataset, kind: for the message: `--{kind}_column` is the argument.
-        candidates: by default all columns.
+        dataset, features, kind: for the message: `--{kind}_column` is the argument.
 
     Raises:
         ValueError: there is none.
     """
-    tried = [wanted] if wanted else features if candidates is None else candidates
-    for column in tried:
-        if isinstance(features.get(column), types):
+    for column in candidates:
+        if wanted in (None, column):
             return column
     raise ValueError(
         f"Dataset {dataset!r} has no {kind} column{f' {wanted!r}' if wanted else ''}; it has "
@@ -78,8 +91,10 @@ def with_labels(
     """
     features = next(iter(splits.values())).features
     classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
-    types, candidates = (datasets.ClassLabel, datasets.Value), [*classes, "label", "labels"]
-    column = find_column(dataset, features, "label", wanted, types, candidates)
+    values = [name for name in features if isinstance(features[name], datasets.Value)]
+    if wanted is None:
+        values = [name for name in ("label", "labels") if name in values]
+    column = find_column(dataset, features, "label", wanted, classes + values)
     return (splits if column in classes else _with_classes(splits, column)), column
 
 
@@ -159,7 +174,7 @@ def choose_rows(
 
 def _training_size(available: int, arguments: JobArguments, args: TrainingArguments) -> int:
     size = min(available, arguments.max_train_samples or available)
-    # BatchNorm cannot train on a last batch of one image.
+    # BatchNorm cannot train on a last batch of one sample.
     return size - 1 if size % args.train_batch_size == 1 < size else size
 
 

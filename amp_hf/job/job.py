@@ -36,6 +36,7 @@ class Job(ABC):
     """
 
     arguments: Any  # a `JobArguments` of the kind
+    pipeline: ClassVar[str]  # the name of the one that loads what was trained
 
     def __init__(
         self,
@@ -66,9 +67,6 @@ class Job(ABC):
                 "it out, and train the ERM baseline in a run of its own, with --epsilon 0."
             )
         self.trainer.card_details = self._card_details()
-
-    # The name of the pipeline that loads what was trained, and of the model's class.
-    pipeline: ClassVar[str]
 
     @abstractmethod
     def input_columns(self, features: datasets.Features) -> list[str]:
@@ -137,9 +135,10 @@ class Job(ABC):
     def _load_rows(self, args: TrainingArguments) -> Rows:
         arguments = self.arguments
         with args.main_process_first(desc="loading the dataset"):
-            splits = load_splits(arguments.dataset)
-            columns = self.input_columns(next(iter(splits.values())).features)
+            splits = load_splits(arguments.dataset, arguments.dataset_config)
+            # First the labels, so that a column of strings is not taken for the input as well.
             splits, label = with_labels(arguments.dataset, splits, arguments.label_column)
+            columns = self.input_columns(next(iter(splits.values())).features)
         return choose_rows(splits, columns, label, arguments, args)
 
     def _card_details(self) -> CardDetails:

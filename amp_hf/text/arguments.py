@@ -28,7 +28,10 @@ class TextArguments(JobArguments):
         default_factory=list,
         metadata={"help": "Default: the first column of strings. Two columns are a pair."},
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens; what is longer is cut off."})
+    max_length: int = field(
+        default=128,
+        metadata={"help": "Tokens, at most as many as the model takes; what is longer is cut off."},
+    )
     lora: int = field(
         default=0,
         metadata={"help": "Train LoRA adapters of this rank, and the head; 0: all weights."},
@@ -38,8 +41,14 @@ class TextArguments(JobArguments):
         self._check_at_least_one("max_length")
         if self.lora < 0:
             raise ValueError(f"--lora must be at least 0, got {self.lora}.")
-        if len(self.text_column) > 2:
-            raise ValueError(f"--text_column takes one column or two, got {self.text_column}.")
+        if self.lora and self.from_scratch:
+            raise ValueError(
+                "--lora adapts pretrained weights, which are not saved: leave --from_scratch out."
+            )
+        if len(self.text_column) > 2 or len(set(self.text_column)) < len(self.text_column):
+            raise ValueError(
+                f"--text_column takes one column or two that differ, got {self.text_column}."
+            )
         super().__post_init__()
 
 

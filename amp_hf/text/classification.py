@@ -29,7 +29,10 @@ from transformers import (
 from ..job import main as job
 from ..job.data import NUMBER, check_labels, find_column
 from ..job.job import Job
+from ..trainer import AMPTrainer
 from .arguments import parse
+
+STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
 
 
 class TextJob(Job):
@@ -39,10 +42,9 @@ class TextJob(Job):
 
     def input_columns(self, features: datasets.Features) -> list[str]:
         chosen = self.arguments
-        strings = [name for name in features if features[name].dtype in ("string", "large_string")]
-        strings = [name for name in strings if name != chosen.label_column]
+        strings = [name for name in features if features[name] in STRINGS]
         self.text_columns = [
-            find_column(chosen.dataset, features, "text", name, datasets.Value, strings)
+            find_column(chosen.dataset, features, "text", name, strings)
             for name in chosen.text_column or [None]
         ]
         return self.text_columns
@@ -53,29 +55,32 @@ class TextJob(Job):
             raise ValueError("--lora needs peft: pip install peft.")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+            if self.tokenizer.pad_token is None:
+                raise ValueError("its tokenizer has no padding token")
             config = AutoConfig.from_pretrained(
                 chosen.model,
                 num_labels=len(names),
                 id2label=dict(enumerate(names)),
                 label2id={name: i for i, name in enumerate(names)},
+                problem_type="single_label_classification",
             )
             if chosen.from_scratch:
-                model = AutoModelForSequenceClassification.from_config(config)
-            else:
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    chosen.model,
-                    config=config,
-                    dtype=torch.float32,
-                    ignore_mismatched_sizes=True,  # a head for other classes
-                )
+                return AutoModelForSequenceClassification.from_config(config)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                chosen.model,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # a head for other classes
+                output_loading_info=True,
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--model {chosen.model!r} could not be loaded ({_first_line(error)}). Pass the "
                 "Hub id or the folder of an encoder."
             ) from error
-        return self._with_adapters(model) if chosen.lora else model
+        return self._with_adapters(model, loading) if chosen.lora else model
 
-    def _with_adapters(self, model: PreTrainedModel) -> Any:
+    def _with_adapters(self, model: PreTrainedModel, loading: dict[str, Any]) -> Any:
         from peft import LoraConfig, TaskType, get_peft_model
 
         config = LoraConfig(
@@ -83,6 +88,7 @@ class TextJob(Job):
             r=self.arguments.lora,
             lora_alpha=2 * self.arguments.lora,
             target_modules="all-linear",
+            modules_to_save=_new_modules(model, loading),
         )
         return get_peft_model(model, config)
 
@@ -99,22 +105,31 @@ class TextJob(Job):
     def dataset(
         self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
     ) -> datasets.Dataset:
-        label, length = self.rows.label_column, self.arguments.max_length
+        label, tokenizer, columns = self.rows.label_column, self.tokenizer, self.text_columns
+        length = min(self.arguments.max_length, tokenizer.model_max_length)
         check_labels(rows, label, rows[NUMBER])
 
         def encode(batch: dict[str, list]) -> Any:
-            texts = ([text or "" for text in batch[column]] for column in self.text_columns)
-            return self.tokenizer(*texts, truncation=True, max_length=length) | {
-                "labels": batch[label]
-            }
+            texts = ([text or "" for text in batch[column]] for column in columns)
+            encoded = tokenizer(*texts, truncation=True, max_length=length)
+            return encoded | {"labels": batch[label]}
 
         with args.main_process_first(desc="tokenizing"):
-            return rows.map(encode, batched=True, remove_columns=rows.column_names, desc=name)
+            return rows.map(
+                encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {name}"
+            )
 
     def trainer_arguments(self) -> dict[str, Any]:
         return dict(
             processing_class=self.tokenizer, data_collator=DataCollatorWithPadding(self.tokenizer)
         )
+
+    def new_trainer(self, *args: Any) -> AMPTrainer:
+        trainer = super().new_trainer(*args)
+        # These models take `num_items_in_batch`, but their loss is the mean of the micro-batch all
+        # the same: the Trainer would add up what it has to average, over steps and over ranks.
+        trainer.model_accepts_loss_kwargs = False
+        return trainer
 
     def load(self, folder: str) -> nn.Module:
         if self.arguments.lora:
@@ -122,7 +137,7 @@ class TextJob(Job):
 
             labels = len(self.rows.label_names)
             return AutoPeftModelForSequenceClassification.from_pretrained(
-                folder, num_labels=labels, is_trainable=True
+                folder, num_labels=labels, is_trainable=True, dtype=torch.float32
             )
         # Under ZeRO-3, `from_pretrained` would shard it.
         config = AutoConfig.from_pretrained(folder)
@@ -138,6 +153,15 @@ class TextJob(Job):
             "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
             f"    {folder}, num_labels={len(self.rows.label_names)}\n)"
         )
+
+
+def _new_modules(model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
+    """The modules whose values are not among the pretrained ones: the head, perhaps a pooler."""
+    names = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
+    body = f"{model.base_model_prefix}."
+    return sorted(
+        {name.rpartition(".")[0] if name.startswith(body) else name.split(".")[0] for name in names}
+    )
 
 
 def _first_line(error: Exception) -> str:
