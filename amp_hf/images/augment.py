@@ -58,14 +58,14 @@ class RandomAffine(nn.Module):
         self.shear = shear
 
     def forward(self, images: Tensor) -> Tensor:
-        angle, zoom, shear, x, y = torch.empty(5, len(images)).uniform_(-1, 1)
+        angle, zoom, x, y = torch.empty(4, len(images)).uniform_(-1, 1)
         angle = angle * math.radians(self.degrees)
         zoom = 1 + zoom * self.scale
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         # In the coordinates of affine_grid, a side is 2 long.
         x, y = 2 * self.translate * x, 2 * self.translate * y
         # The rows of (rotation · zoom) · (shear).
-        shear = shear * self.shear
+        shear = torch.empty(len(images)).uniform_(-1, 1) * self.shear
         first = torch.stack([cos, cos * shear - sin, x], 1)
         second = torch.stack([sin, sin * shear + cos, y], 1)
         theta = torch.stack([first, second], 1)
