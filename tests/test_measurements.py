@@ -130,6 +130,15 @@ def test_the_tables_of_the_frontier_are_those_of_its_results():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", [erm_comparison, frontier])
+def test_every_command_says_how_it_augments(script):
+    """The recipes have defaults of their own, which the runs do not take."""
+    settings = script.SETTINGS.values()
+    commands = [run["command"] for run in saved_runs(script).found["runs"]]
+    assert all("--augment " in command for command in commands)
+    assert all("--augment " in setting.argv for setting in settings)
+
+
 def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
     """Of a network from scratch and of one that was trained here, one seed and then another."""
     parquet_folder(tmp_path / "gtsrb", train=48, test=40)

@@ -12,8 +12,14 @@ SMALL_BATCH = "--per_device_train_batch_size 32"
 
 # Compared with ERM only.
 LARGER = {
+    # By mistake: a flip turns one sign into another.
     "gtsrb test_resnet full": Setting(
-        "GTSRB, all 39,209 images, 10 epochs", GTSRB, "test_resnet", "", 10, epsilon=0.05
+        "GTSRB, all 39,209 images, cropped and flipped, 10 epochs",
+        GTSRB,
+        "test_resnet",
+        OBJECTS,
+        10,
+        epsilon=0.05,
     ),
     "cifar10 test_resnet full": Setting(
         "CIFAR-10, all 50,000 images, 20 epochs", CIFAR10, "test_resnet", PLAIN, 20, epsilon=0.2
