@@ -76,7 +76,7 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(
 
 @pytest.mark.slow
 def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data, monkeypatch, capsys):
-    folder = tmp_path / 'a "flat" model'
+    folder = tmp_path / 'Ann\'s "flat" model'
     words = [*SMALL.split(), "--dataset", data, "--output_dir", folder]
     words += ["--validation_fraction=0.25", "--epsilon=0.2", "--max_eval_samples=50"]
     run_here(RECIPES / "train_cifar10.py", monkeypatch, *words)
@@ -86,7 +86,7 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data, monkey
     assert found["epoch"] == 2.0
     assert AMPConfig.from_json_file(folder / "amp_config.json").epsilon == 0.2
     assert (
-        rf'pipeline("image-classification", model="{tmp_path}/a \"flat\" model")'
+        rf'''pipeline("image-classification", model="{tmp_path}/Ann's \"flat\" model")'''
         in capsys.readouterr().out
     )
 
@@ -367,6 +367,14 @@ def test_a_training_that_diverges_is_saved_and_ends_with_one_line(tmp_path, data
     code, line = failure(capsys, *argv)
     assert code == 1 and line.startswith("The training diverged: lower --learning_rate")
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_splits_to_test_on_may_have_the_names_of_those_to_train_and_validate_on(tmp_path, data):
+    argv = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
+    argv += ["--max_train_samples=50", "--validation_fraction=0.25", "--eval_splits", "train"]
+    job = ImageJob(*parse({}, {}, None, argv))
+    assert [len(job.trainer.train_dataset), len(job.trainer.eval_dataset)] == [50, 40]
+    assert {name: len(test) for name, test in job.tests.items()} == {"test": 80, "train": 160}
 
 
 def test_sgd_has_the_momentum_that_is_asked_for(tmp_path, data):

@@ -51,16 +51,15 @@ class Job(ABC):
         args.resume_from_checkpoint = _find_checkpoint(args)
         self.rows = self._load_rows(args)
         model = self.new_model(args)
-        parts = {"train": self.rows.train, "validation": self.rows.validation} | self.rows.tests
-        made = {
-            name: self.dataset(name, part, args, model)
-            for name, part in parts.items()
-            if part is not None
-        }
-        self.tests = {name: made[name] for name in self.rows.tests}
-        self.trainer = self.new_trainer(
-            trainer_class, model, args, amp_config, made["train"], made.get("validation")
+        train = self.dataset("train", self.rows.train, args, model)
+        validation = self.rows.validation and self.dataset(
+            "validation", self.rows.validation, args, model
         )
+        self.tests = {
+            name: self.dataset(f"test ({name})", rows, args, model)
+            for name, rows in self.rows.tests.items()
+        }
+        self.trainer = self.new_trainer(trainer_class, model, args, amp_config, train, validation)
         if arguments.compare_erm and self.trainer.is_deepspeed_enabled:
             raise ValueError(
                 "--compare_erm trains twice, and DeepSpeed drives one training per process: leave "
@@ -84,7 +83,7 @@ class Job(ABC):
     def dataset(
         self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
     ) -> Any:
-        """`rows` as `model` takes them; augmented where `name` is `"train"`."""
+        """`rows` as `model` takes them; augmented where it is named `"train"`."""
 
     @abstractmethod
     def trainer_arguments(self) -> dict[str, Any]:
@@ -103,9 +102,9 @@ class Job(ABC):
         has_code = getattr(self.trainer.model, "_auto_class", None) is not None
         trust = ", trust_remote_code=True" if has_code else ""
         return (
-            f"from transformers import pipeline\n"
-            f"classify = pipeline({self.pipeline!r}, model={folder}{trust})"
-        ).replace("'", '"')
+            "from transformers import pipeline\n"
+            f'classify = pipeline("{self.pipeline}", model={folder}{trust})'
+        )
 
     def new_model(self, args: TrainingArguments) -> PreTrainedModel:
         """The model that training starts from: the same one at every call."""
