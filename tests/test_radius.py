@@ -250,13 +250,13 @@ def test_the_state_of_a_fixed_radius_holds_no_losses_and_that_of_the_stock_train
     assert "amp_hf" not in stock.state.stateful_callbacks
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_batches_whose_loss_is_not_finite_leave_the_radius_alone(tmp_path, value):
+def spoiled_norms(tmp_path, value, when=lambda trainer: True, **options):
+    """‖Δ‖₂ of the perturbed steps, of which the one after ten others has losses times `value`."""
+
     class Spoiled(AMPTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            spoiled = self.state.global_step == 10
-            return loss * value if spoiled else loss
+            return loss * value if self.state.global_step == 10 and when(self) else loss
 
     def zero_gradients(event, state, control):
         if state.global_step == 10:
@@ -264,31 +264,27 @@ def test_batches_whose_loss_is_not_finite_leave_the_radius_alone(tmp_path, value
                 param.grad.zero_()
 
     own = {"callbacks": [learnt(), on(["on_pre_optimizer_step"], zero_gradients)]}
-    trainer = trainer_for(make(), tmp_path, ITSELF, cls=Spoiled, trainer=own, max_steps=14)
+    trainer = trainer_for(make(), tmp_path, ITSELF, cls=Spoiled, trainer=own, **options)
     trainer.train()
-    norms = logged(trainer, "amp/delta_norm")
+    return logged(trainer, "amp/delta_norm")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_batches_whose_loss_is_not_finite_leave_the_radius_alone(tmp_path, value):
+    norms = spoiled_norms(tmp_path, value, max_steps=14)
     assert norms[10 - 6] == 0.0
     assert norms[11 - 6] > 0 and norms[-1] == pytest.approx(norms[3], rel=0.5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_micro_batch_beside_a_good_one_leaves_the_radius_alone(tmp_path, value):
-    class Spoiled(AMPTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            spoiled = self.state.global_step == 10 and self.accelerator.sync_gradients
-            return loss * value if spoiled else loss
-
-    def zero_gradients(event, state, control):
-        if state.global_step == 10:
-            for param in trainer.model.parameters():
-                param.grad.zero_()
-
-    own = {"callbacks": [learnt(), on(["on_pre_optimizer_step"], zero_gradients)]}
-    options = dict(max_steps=15, gradient_accumulation_steps=2)
-    trainer = trainer_for(make(), tmp_path, ITSELF, cls=Spoiled, trainer=own, **options)
-    trainer.train()
-    norms = logged(trainer, "amp/delta_norm")
+    norms = spoiled_norms(
+        tmp_path,
+        value,
+        when=lambda trainer: trainer.accelerator.sync_gradients,
+        max_steps=15,
+        gradient_accumulation_steps=2,
+    )
     assert norms[10 - 6] == pytest.approx(norms[9 - 6] / 2, rel=0.5)  # of the good one alone
     assert norms[12 - 6] == pytest.approx(norms[11 - 6], rel=1e-5)
     assert norms[13 - 6] != pytest.approx(norms[12 - 6], rel=1e-3)
