@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_START = 0.4  # share of the training before the first ascent
+START = 0.4  # share of the training before the first ascent
 _EPOCHS = 20  # of a training whose target is in proportion to what has been learnt
 _LEAST = 0.05  # share of the rise, below which a step is plain
 _MEMORY = 0.95  # of the moving average, per step
@@ -49,7 +49,7 @@ class Radius:
             epochs: how often the training sees its data, from its first step to its last.
             progress: the share of its steps that it has taken.
         """
-        if progress < _START or self.first_loss is None or self.loss is None:
+        if progress < START or self.first_loss is None or self.loss is None:
             return 0.0
         if self.first_loss <= 0:
             return 0.0

@@ -220,7 +220,9 @@ def test_every_amp_field_is_an_argument(tmp_path):
 
 
 @pytest.mark.slow
-def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tmp_path, data):
+def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(
+    tmp_path, data, capfd
+):
     """Resumed after one epoch of two, against two epochs in one go."""
     common = [
         *SMALL.split(),
@@ -235,8 +237,12 @@ def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(tm
     for folder in (whole, parts):
         main({}, {}, None, [*common, "--output_dir", str(folder), "--save_strategy=epoch"])
     shutil.rmtree(parts / "checkpoint-40")
+    capfd.readouterr()
     resumed = [*common, "--output_dir", str(parts), "--save_strategy=epoch"]
     main({}, {}, None, [*resumed, "--resume_from_checkpoint=true"])
+    bar = capfd.readouterr().err
+    assert "| 20/40 [00:00<?, " in bar and "| 1/40 " not in bar
+    assert re.search(r"\| \d\d/40 \[00:\d\d<00:\d\d, .*, ends \d\d:\d\d\]", bar)
     a, b = (
         AutoModelForImageClassification.from_pretrained(folder).state_dict()
         for folder in (whole, parts)

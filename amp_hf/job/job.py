@@ -21,6 +21,7 @@ from ..trainer import AMPTrainer
 from .arguments import JobArguments
 from .data import Rows, choose_rows, load_splits, with_labels
 from .pushing import RecipeTrainer
+from .time_left import show_time_left
 
 
 class Job(ABC):
@@ -120,7 +121,7 @@ class Job(ABC):
         train_dataset: Any,
         eval_dataset: Any,
     ) -> AMPTrainer:
-        return trainer_class(
+        trainer = trainer_class(
             model=model,
             args=args,
             amp_config=amp_config,
@@ -130,6 +131,8 @@ class Job(ABC):
             **sgd_with_arguments(args),
             **self.trainer_arguments(),
         )
+        show_time_left(trainer, amp_config)
+        return trainer
 
     def _load_rows(self, args: TrainingArguments) -> Rows:
         arguments = self.arguments
