@@ -10,11 +10,36 @@ may come first.
 
 from amp_hf.images.classification import main
 
+# A mirror turns these signs into signs: the first into themselves, an arrow to the left into one
+# to the right. All others have a number, or a picture that looks one way.
+SYMMETRIC = [
+    "red and white triangle road intersection warning",
+    "white and yellow diamond priority road",
+    "red and white upside down triangle yield right-of-way",
+    "empty red and white circle",
+    "red circle with white horizonal stripe no entry",
+    "red and white triangle with exclamation mark warning",
+    "red and white triangle rough / bumpy road warning",
+    "red and white triangle with traffic light approaching warning",
+    "red and white triangle with snowflake / ice warning",
+    "blue circle with white forward arrow mandatory",
+]
+LEFT = [
+    "red and white triangle with black left curve approaching warning",
+    "blue circle with white left turn arrow mandatory",
+    "blue circle with white forward or left turn arrow mandatory",
+    "blue circle with white keep left arrow mandatory",
+]
+MIRRORED = {name: name.replace("left", "right") for name in SYMMETRIC + LEFT}
+
 if __name__ == "__main__":
     main(
         defaults=dict(dataset="tanganke/gtsrb", augment="signs", output_dir="outputs/gtsrb"),
         from_scratch_defaults=dict(
-            model="preactresnet10_signs", augment="strong_signs", num_train_epochs=20
+            model="preactresnet10_signs",
+            augment="strong_signs",
+            mirrored=MIRRORED,
+            num_train_epochs=24,
         ),
         description=__doc__,
     )

@@ -7,8 +7,11 @@ from amp_hf.images.augment import (
     RandomAffine,
     RandomBlur,
     RandomCrop,
+    RandomExposure,
     RandomHorizontalFlip,
     RandomLight,
+    RandomMirror,
+    RandomShadow,
     eval_transform,
     train_transform,
 )
@@ -43,6 +46,20 @@ def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 430 < mirrored.sum() < 570
+
+
+def test_a_mirror_image_gets_its_own_class_and_other_classes_are_left_alone():
+    torch.manual_seed(0)
+    images, labels = numbered(1000), torch.arange(1000) % 5
+    mirror = RandomMirror({0: 0, 2: 3, 3: 2})
+    turned, classes = mirror(images, labels)
+    mirrored = (turned == images.flip(-1)).flatten(1).all(1)
+    assert ((turned == images).flatten(1).all(1) ^ mirrored).all()
+    assert not mirrored[(labels == 1) | (labels == 4)].any()
+    for one, other in {0: 0, 2: 3, 3: 2}.items():
+        assert 70 < mirrored[labels == one].sum() < 130
+        assert (classes[mirrored & (labels == one)] == other).all()
+    assert torch.equal(classes[~mirrored], labels[~mirrored])
 
 
 def test_cutout_zeroes_one_square_of_the_size_asked_for_inside_of_the_image():
@@ -98,6 +115,29 @@ def test_light_stays_in_range_and_differs_from_image_to_image():
     lit = RandomLight(0.4)(images)
     assert lit.min() >= 0.3 - 1e-6 and lit.max() <= 0.7 + 1e-6
     assert len(lit[:, 0, 0, 0].unique()) > 190
+
+
+def test_exposure_doubles_or_halves_the_light_at_most_and_clips():
+    torch.manual_seed(0)
+    images = torch.tensor([0.3, 0.8]).view(1, 1, 1, 2).expand(500, 3, 1, 2)
+    dark, bright = RandomExposure(1.0)(images)[:, 0, 0].T
+    stops = (dark / 0.3).log2()
+    assert -1 <= stops.min() < -0.95 and 0.95 < stops.max() <= 1
+    torch.testing.assert_close(bright, (0.8 * 2**stops).clamp(max=1))
+
+
+def test_a_shadow_lies_on_one_side_of_a_line_in_half_of_the_images():
+    torch.manual_seed(0)
+    light = RandomShadow(0.8)(torch.ones(1000, 3, 32, 32))
+    assert torch.equal(light[:, 0], light[:, 2])
+    least = light.amin((1, 2, 3))
+    assert 430 < (least == 1).sum() < 570
+    assert 0.2 <= least.min() < 0.25 and light.max() <= 1
+    # From its darkest pixel to its brightest one, the light never falls: one edge alone.
+    for image in light[least < 0.9, 0][:50]:
+        rows, columns = image.diff(dim=0), image.diff(dim=1)
+        assert (rows >= -1e-6).all() or (rows <= 1e-6).all()
+        assert (columns >= -1e-6).all() or (columns <= 1e-6).all()
 
 
 @pytest.mark.parametrize("kind", ["objects", "signs", "strong_signs", "none"])

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.run
 import train_cifar10
 import train_digits
+import train_gtsrb
 from accelerate.commands.launch import launch_command, launch_command_parser
 from huggingface_hub import ModelCard
 from images import parquet_folder, rows
@@ -31,6 +32,7 @@ from amp_hf.images.backbones import preprocessing
 from amp_hf.images.classification import ImageJob, main
 from amp_hf.job import job as amp_job
 
+GTSRB = RECIPES.parents[1] / "shared" / "data" / "gtsrb"
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 2"
 
@@ -258,6 +260,37 @@ def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path
     assert overridden == AMPConfig(epsilon=0.1, ascent_start=0.4, ascent_every=4)
 
 
+def test_only_what_is_trained_on_is_mirrored_and_only_what_the_dataset_knows(
+    tmp_path, data, caplog
+):
+    mirrored = {"zero": "zero", "six": "nine", "eight": "stop", "left": "right"}
+    words = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
+    words += ["--validation_fraction=0.2", "--augment=none", "--mirrored", json.dumps(mirrored)]
+    job = ImageJob(*parse({}, {}, None, words))
+    assert "has no class 'left'; what names it is left out. (3 of 7 are unknown.)" in caplog.text
+    trained = job.trainer.train_dataset
+    seen, own = trained.__getitems__([*range(len(trained))])["labels"], trained.labels
+    changed = {(a, b) for a, b in zip(own.tolist(), seen.tolist()) if a != b}
+    assert changed == {(6, 9), (9, 6)}
+    plain = job.unaugmented(trained, job.trainer.model)
+    for dataset in (plain, job.trainer.eval_dataset, job.tests["test"]):
+        everything = dataset.__getitems__([*range(len(dataset))])
+        assert torch.equal(everything["labels"], dataset.labels)
+
+
+@pytest.mark.skipif(not GTSRB.exists(), reason="needs a copy of GTSRB")
+def test_the_mirrored_signs_are_signs_of_gtsrb():
+    names = datasets.load_dataset_builder(str(GTSRB)).info.features["label"].names
+    assert {*train_gtsrb.MIRRORED, *train_gtsrb.MIRRORED.values()} <= {*names}
+    pairs = {one: other for one, other in train_gtsrb.MIRRORED.items() if one != other}
+    assert {names.index(one): names.index(other) for one, other in pairs.items()} == {
+        19: 20,
+        34: 33,
+        37: 36,
+        39: 38,
+    }
+
+
 BAD = {
     "--eval_splits=fog": "--eval_splits: ",
     "--license=MIT License": "--license must be one of the Hub's identifiers, such as apache-2.0",
@@ -283,6 +316,7 @@ BAD = {
     "--label_column=img": "has no label column 'img'; it has img, label",
     "--image_column=label": "has no image column 'label'; it has img, label",
     "--cutout=-4": "--cutout must be at least 0, got -4.",
+    "--mirrored=left:right": "--mirrored must be a JSON object, got left:right.",
     "--model_args=[4]": "--model_args must be a JSON object, got [4].",
     "--model_args={4": "--model_args must be a JSON object, got {4.",
     '--model_args={"nope": 4}': "change --model_args, raise --image_size",

@@ -37,7 +37,14 @@ class ImageArguments(JobArguments):
         default="objects",
         metadata={
             "help": "objects: crop and flip; signs: rotate, shift, scale, light, no flip; "
-            "strong_signs: more of it, shear, blur."
+            "strong_signs: more of it, shear, shadows, blur."
+        },
+    )
+    mirrored: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Mirror half of the images of these classes. In JSON, from a class's name to "
+            'that of its mirror image: \'{"stop": "stop", "turn left": "turn right"}\'.'
         },
     )
     cutout: int = field(default=0, metadata={"help": "Pixels a side of Cutout's square; 0: none."})
@@ -46,16 +53,21 @@ class ImageArguments(JobArguments):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_args, str):
-            given = self.model_args
-            with contextlib.suppress(ValueError):
-                self.model_args = json.loads(given)
-            if not isinstance(self.model_args, dict):
-                raise ValueError(f"--model_args must be a JSON object, got {given}.")
+        self.model_args = _json_object("model_args", self.model_args)
+        self.mirrored = _json_object("mirrored", self.mirrored)
         self._check_at_least_one("image_size")
         if self.cutout < 0:
             raise ValueError(f"--cutout must be at least 0, got {self.cutout}.")
         super().__post_init__()
+
+
+def _json_object(name: str, given: dict | str | None) -> dict[str, Any] | None:
+    if not isinstance(given, str):
+        return given
+    with contextlib.suppress(ValueError):
+        if isinstance(parsed := json.loads(given), dict):
+            return parsed
+    raise ValueError(f"--{name} must be a JSON object, got {given}.")
 
 
 # For fine-tuning. Each recipe adds what its dataset needs.

@@ -40,6 +40,29 @@ class RandomHorizontalFlip(nn.Module):
         return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
 
 
+class RandomMirror(nn.Module):
+    """Mirrors half of the images of the classes that a mirror leaves meaningful.
+
+    Args:
+        classes: by its number, the class of the mirror image: the same one where a mirror changes
+            nothing, another one for an arrow to the left.
+    """
+
+    def __init__(self, classes: dict[int, int]) -> None:
+        super().__init__()
+        self.classes = torch.full((max(classes) + 1,), -1)
+        for one, mirrored in classes.items():
+            self.classes[one] = mirrored
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and their classes (B,)."""
+        known = labels < len(self.classes)
+        mirrored = torch.where(known, self.classes[labels * known], -1)
+        chosen = (mirrored >= 0) & (torch.rand(len(labels)) < 0.5)
+        images = torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+        return images, torch.where(chosen, mirrored, labels)
+
+
 class RandomAffine(nn.Module):
     """Rotates, shifts, scales and shears each image, repeating its edges; takes float images.
 
@@ -86,6 +109,50 @@ class RandomLight(nn.Module):
         )
         mean = images.mean((1, 2, 3), keepdim=True)
         return ((images - mean) * contrast + mean * brightness).clamp_(0, 1)
+
+
+class RandomExposure(nn.Module):
+    """Brightens or darkens, up to white where it clips; takes float images in [0, 1].
+
+    Args:
+        stops: the light is doubled or halved up to this many times.
+    """
+
+    def __init__(self, stops: float) -> None:
+        super().__init__()
+        self.stops = stops
+
+    def forward(self, images: Tensor) -> Tensor:
+        stops = torch.empty(len(images), 1, 1, 1).uniform_(-self.stops, self.stops)
+        return (images * stops.exp2()).clamp_(0, 1)
+
+
+class RandomShadow(nn.Module):
+    """Darkens one side of a line, in half of the images; takes float images.
+
+    The line goes anywhere, in any direction, and its edge is anything from hard to a gradient
+    over the whole image.
+
+    Args:
+        strength: the share of the light that the shadow takes away at most.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        angle, place, hardness, depth = torch.rand(4, count, 1, 1)
+        angle = 2 * math.pi * angle
+        # The image is from -1 to 1, and the line at most 0.7 from its middle.
+        rows = torch.linspace(-1, 1, height).view(-1, 1) * angle.sin()
+        columns = torch.linspace(-1, 1, width) * angle.cos()
+        distance = rows + columns - 1.4 * (place - 0.5)
+        side = torch.sigmoid(1.5 * 20**hardness * distance)
+        # Half of the depths are below 0: no shadow.
+        shadow = side * self.strength * (2 * depth - 1).clamp(min=0)
+        return images * (1 - shadow).unsqueeze(1)
 
 
 class RandomBlur(nn.Module):
@@ -145,7 +212,7 @@ def train_transform(
     Args:
         kind: `"objects"` (pad by 4 pixels of value 128, crop, and flip: the AMP paper's choice for
             CIFAR), `"signs"` (rotate, shift, scale, and change the light; a flip would turn one
-            sign into another), `"strong_signs"` (more of it, and shear and blur) or `"none"`.
+            sign into another), `"strong_signs"` (more of it, shear, shadows, blur) or `"none"`.
         cutout: side of the square in pixels; 0 for none. The paper uses 16 on CIFAR.
         auto_augment: whether to apply AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019).
     """
@@ -159,7 +226,7 @@ def train_transform(
         steps += [RandomAffine(degrees=12, translate=0.1, scale=0.15), RandomLight(0.4)]
     if kind == "strong_signs":
         steps += [RandomAffine(degrees=15, translate=0.1, scale=0.15, shear=0.15)]
-        steps += [RandomLight(0.5), RandomBlur(1.0)]
+        steps += [RandomShadow(0.85), RandomLight(0.5), RandomExposure(1.0), RandomBlur(1.0)]
     steps += [v2.Normalize(mean, std)]
     if cutout:
         steps += [Cutout(cutout)]

@@ -7,6 +7,7 @@ line or from a YAML file. The file comes first, and arguments after it override 
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from functools import partial
 from typing import Any, cast
@@ -27,9 +28,11 @@ from ..job.data import NUMBER, find_column
 from ..job.job import Job
 from ..trainer import AMPTrainer
 from .arguments import parse
-from .augment import eval_transform, train_transform
+from .augment import RandomMirror, eval_transform, train_transform
 from .backbones import build_model, origin, preprocessing
 from .data import EpochCallback, ImageDataset, as_is
+
+logger = logging.getLogger(__name__)
 
 
 class ImageJob(Job):
@@ -62,8 +65,9 @@ class ImageJob(Job):
     ) -> ImageDataset:
         geometry, mean, std = preprocessing(model)
         chosen = self.arguments
-        transform = eval_transform(mean, std)
+        transform, mirror = eval_transform(mean, std), None
         if name == "train":
+            mirror = self._mirror()
             transform = train_transform(
                 chosen.augment, mean, std, chosen.cutout, chosen.auto_augment
             )
@@ -76,7 +80,24 @@ class ImageJob(Job):
             seed=args.seed,
             progress=name,
             numbers=rows[NUMBER][:],
+            mirror=mirror,
         )
+
+    def _mirror(self) -> RandomMirror | None:
+        """Of the classes that the dataset has: a recipe's default is for one dataset alone."""
+        numbers = {name: number for number, name in enumerate(self.rows.label_names)}
+        pairs: dict[str, str] = self.arguments.mirrored or {}
+        unknown = sorted({*pairs, *pairs.values()} - numbers.keys())
+        if unknown:
+            logger.warning(
+                f"--mirrored: {self.arguments.dataset} has no class {unknown[0]!r}; what names it "
+                f"is left out. ({len(unknown)} of {len({*pairs, *pairs.values()})} are unknown.)"
+            )
+        classes: dict[int, int] = {}
+        for one, other in pairs.items():
+            if not {one, other} & {*unknown}:
+                classes |= {numbers[one]: numbers[other], numbers[other]: numbers[one]}
+        return RandomMirror(classes) if classes else None
 
     def trainer_arguments(self) -> dict[str, Any]:
         return dict(data_collator=as_is, callbacks=[EpochCallback()])
@@ -104,6 +125,7 @@ class ImageJob(Job):
     def unaugmented(self, dataset: ImageDataset, model: Any) -> ImageDataset:
         plain = copy.copy(dataset)
         plain.transform = eval_transform(*preprocessing(model)[1:])
+        plain.mirror = None
         return plain
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..job.data import DataError, check_labels
+from .augment import RandomMirror
 
 # A set of decoded images up to this size is kept in memory.
 IN_MEMORY_BYTES = 2 * 1024**3
@@ -37,6 +38,7 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         geometry: resizes and crops a decoded RGB PIL image.
         transform: turns a uint8 batch into the model's input.
+        mirror: from a uint8 batch and its labels to what they are in this epoch.
         progress: the progress bar's label; `None` shows no bar.
         numbers: each row's number in the original dataset, for error messages.
 
@@ -54,6 +56,7 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int = 0,
         progress: str | None = None,
         numbers: Sequence[int] | None = None,
+        mirror: RandomMirror | None = None,
     ) -> None:
         self.numbers = range(len(rows)) if numbers is None else numbers
         check_labels(rows, label_column, self.numbers)
@@ -64,6 +67,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.image_column = image_column
         self.geometry = geometry
         self.transform = transform
+        self.mirror = mirror
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # for persistent workers
         self._pixels: Tensor | None = None
@@ -90,11 +94,14 @@ class ImageDataset(torch.utils.data.Dataset):
             pixels = torch.stack([self._decode(i) for i in indices])
         else:
             pixels = self._pixels[indices]
+        labels = self.labels[indices]
         key = np.array([self.seed, self.epoch, *indices], dtype=np.int64).tobytes()
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(zlib.crc32(key))
+            if self.mirror is not None:
+                pixels, labels = self.mirror(pixels, labels)
             pixels = self.transform(pixels)
-        return {"pixel_values": pixels, "labels": self.labels[indices]}
+        return {"pixel_values": pixels, "labels": labels}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
