@@ -1,5 +1,6 @@
 """The scripts of recipes/measurements, and its README.md, whose tables are those of the JSON."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -13,10 +14,11 @@ import plan
 import pytest
 import runs
 import torch
+import variants
 from images import parquet_folder
 from processes import FORKS
 from scripts import RECIPES, error_of, main_of
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.flatness import LossSurface
@@ -68,6 +70,73 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
     expected = [a - p for a, p in zip(after[1], start.parameters())]
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
     assert max(move.abs().max() for move in moved) > 1e-4
+
+
+def step_of(trainer, steps=1):
+    """Trains, and returns the parameters before and after."""
+    before = [param.detach().clone() for param in trainer.model.parameters()]
+    trainer.args.max_steps = steps
+    trainer.train()
+    return before, [param.detach() for param in trainer.model.parameters()]
+
+
+SMALL = ("test_resnet", 24, 8), False, False
+
+
+def test_asam_perturbs_by_rho_in_units_of_the_weights():
+    trainer = benchmark_step.build(*SMALL, cls=variants.ASAM, amp_config=AMPConfig(0.5))
+    model, seen = trainer.model, []
+    model.register_forward_pre_hook(
+        lambda *args: seen.append([param.detach().clone() for param in model.parameters()])
+    )
+    step_of(trainer)
+    theta, displaced = seen
+    fresh = benchmark_step.build(*SMALL, cls=Trainer)
+    batch = next(iter(fresh.get_train_dataloader()))
+    fresh.model.train()
+    fresh.compute_loss(fresh.model, batch).backward()
+    units = [
+        param.detach().abs() + 0.01 if "weight" in name else torch.ones_like(param)
+        for name, param in fresh.model.named_parameters()
+    ]
+    scaled = [t * p.grad for t, p in zip(units, fresh.model.parameters())]
+    length = torch.cat([part.flatten() for part in scaled]).norm()
+    expected = [0.5 * t * part / length for t, part in zip(units, scaled)]
+    moved = [b - a for a, b in zip(theta, displaced)]
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_both_passes_of_a_step_see_the_same_mixtures():
+    config = AMPConfig(epsilon=0.1)
+    trainer = benchmark_step.build(*SMALL, cls=variants.MixedUp, amp_config=config)
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    step_of(trainer, steps=2)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    images = next(iter(trainer.get_train_dataloader()))["pixel_values"]
+    assert not torch.isclose(seen[0][0], images).flatten(1).all(1).any()
+
+
+def test_the_average_of_the_weights_is_what_training_ends_at():
+    trainer = benchmark_step.build(*SMALL, cls=variants.Averaged, amp_config=AMPConfig(epsilon=0))
+    states = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            states.append(copy.deepcopy(model.state_dict()))
+
+    trainer.add_callback(Record())
+    step_of(trainer, steps=4)
+    for name, value in trainer.model.state_dict().items():
+        if value.is_floating_point():
+            average = states[0][name]
+            for state in states[1:]:
+                average = 0.99 * average + 0.01 * state[name]
+            torch.testing.assert_close(value, average)
+    assert not torch.equal(states[-1][name], states[0][name])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ processes may write to the same file, each with its own `--seeds`, `--tables`, `
     choice      choose ε for AMP at every step, on a fifth of the training set, held out
     results     compare on the official test sets
     defaults    one setting on every schedule, long and short
+    others      what else a user might take, and AMP() together with it
     grid        how ε, ζ and N behave, on held-out images
 """
 
@@ -29,6 +30,7 @@ from erm_settings import (
     HELD_OUT,
     HELD_OUT_ERM,
     ONCE,
+    OTHERS,
     RESULTS,
     ROWS,
     SCHEDULES,
@@ -56,12 +58,15 @@ STYLES = {
     SMALLER_RATE: dict(color="#009E73", marker="^", linestyle="none"),
 }
 
+BESIDE = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
+
 # Of each table: its seeds, its settings and rows.
 THREE = [10, 11, 12]
 TABLES = {
     "choice": ([0], [(key, held_out(epsilon)) for key in TRIED for epsilon in TRIED[key]]),
     "results": (THREE, [(key, name) for name in RESULTS for key in COMPARED]),
     "defaults": (THREE, [(key, name) for name in ("ERM", *DEFAULTS) for key in SCHEDULES]),
+    "others": (THREE, [(key, name) for name in OTHERS for key in BESIDE]),
     "grid": ([0], [(key, name) for name in GRID_ROWS for key in GRID]),
 }
 
@@ -103,6 +108,17 @@ def defaults_table(runs: Runs) -> str:
     for key in SCHEDULES:
         cells = (_defaults_cell(runs, key, name) for name in ("ERM", *DEFAULTS))
         lines.append(line([_title(key), *cells]))
+    return "\n".join(lines)
+
+
+def others_table(runs: Runs) -> str:
+    """Mean ± standard deviation over seeds."""
+    lines = ["| | accuracy, % | NLL | ECE | n |", "|---|---|---|---|---|"]
+    for key in BESIDE:
+        if any(runs.values(key, name, "nll") for name in OTHERS):
+            lines += [f"| **{_title(key)}** | | | | |"]
+            rows = ("ERM", "AMP()", *OTHERS)
+            lines += lines_of(runs, key, rows, ("accuracy", "nll", "ece"), timed=False)
     return "\n".join(lines)
 
 
@@ -178,7 +194,7 @@ def main() -> None:
                 runs.time(cells)
     except ValueError as error:
         sys.exit(f"erm_comparison.py: error: {error}")
-    for table in (choice_table, results_table, defaults_table):
+    for table in (choice_table, results_table, defaults_table, others_table):
         print(f"\n{table(runs)}")
     draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))
     print(f"\nSaved {runs.path}")

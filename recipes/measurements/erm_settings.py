@@ -1,6 +1,7 @@
 """The settings and rows of erm_comparison.py."""
 
 from plan import CIFAR10, DIGITS, GTSRB, Row, Setting
+from variants import ASAM, Averaged, MixedUp
 
 VIT = (
     '--model_args {"patch_size":8} --optim adamw_torch_fused --learning_rate 0.001 '
@@ -138,7 +139,17 @@ HELD_OUT = {
         for rate in (0.03, 0.1)
     },
 }
-ROWS = RESULTS | HELD_OUT
+# What else a user might take, as published, and with AMP.
+OTHERS = {
+    "label smoothing 0.1": Row("--label_smoothing_factor 0.1", epsilon=0),
+    "MixUp": Row(epsilon=0, trainer=MixedUp),
+    "average of the weights": Row(epsilon=0, trainer=Averaged),
+    "SAM, ρ 0.05": Row("--inner_lr 1e6", epsilon=0.05),  # always on the sphere
+    "ASAM, ρ 0.5": Row(epsilon=0.5, trainer=ASAM),
+    "MixUp, AMP()": Row(trainer=MixedUp),
+    "average of the weights, AMP()": Row(trainer=Averaged),
+}
+ROWS = RESULTS | OTHERS | HELD_OUT
 
 # The radii that held-out images chose from.
 TRIED = {

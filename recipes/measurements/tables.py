@@ -19,13 +19,16 @@ def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def lines_of(runs: Runs, key: str, names: Iterable[str], columns: Iterable[str]) -> list[str]:
+def lines_of(
+    runs: Runs, key: str, names: Iterable[str], columns: Iterable[str], timed: bool = True
+) -> list[str]:
     """A line for each row that has results: its name, its time, the columns and n."""
-    return [
-        line([_label(runs, key, name), *_cells(runs, key, name, columns)])
-        for name in names
-        if runs.values(key, name, "accuracy")
-    ]
+    lines = []
+    for name in names:
+        if runs.values(key, name, "accuracy"):
+            times = [_time(runs, key, name)] if timed else []
+            lines.append(line([_label(runs, key, name), *times, *_cells(runs, key, name, columns)]))
+    return lines
 
 
 def _label(runs: Runs, key: str, name: str) -> str:
@@ -33,9 +36,12 @@ def _label(runs: Runs, key: str, name: str) -> str:
     return f"{name}, ε {runs.settings[key].epsilon:g}" if chosen else name
 
 
-def _cells(runs: Runs, key: str, name: str, columns: Iterable[str]) -> Iterable[str]:
+def _time(runs: Runs, key: str, name: str) -> str:
     ratio = runs.time_ratio(key, name)
-    yield f"{ratio:.2f}" if ratio else ""
+    return f"{ratio:.2f}" if ratio else ""
+
+
+def _cells(runs: Runs, key: str, name: str, columns: Iterable[str]) -> Iterable[str]:
     for column in columns:
         factor, digits = _FORMATS[column]
         values = runs.values(key, name, column)

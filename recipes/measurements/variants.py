@@ -1,11 +1,17 @@
-"""Cheaper perturbations that did not pay; frontier.py measures them and README.md discusses them.
+"""What AMP is compared with, and README.md discusses: cheaper perturbations, which did not pay, for
+frontier.py, and what else a user might regularize with, for erm_comparison.py.
 
 For one process, without gradient accumulation.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Trainer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms.v2 import MixUp
+from transformers import Trainer, TrainerCallback
 
 from amp_hf import AMPTrainer
 from amp_hf.blocks import JointTensors
@@ -97,6 +103,75 @@ class LookSAM(AMPTrainer):
         along = sum((a * b).sum() for a, b in zip(gradient, plain)) / _norm(plain) ** 2
         self.orthogonal = torch._foreach_sub(gradient, torch._foreach_mul(plain, along))
         return loss
+
+
+class ASAM(AMPTrainer):
+    """SAM in the units of each weight (Kwon et al., ICML 2021, arXiv 2102.11600); ρ is `epsilon`.
+
+    As in the authors' code, Δ = ρ T²g / ‖Tg‖, where T is |θ| + η for weights and 1 for biases.
+    """
+
+    eta = 0.01
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with preserved_rng(self.args.device):
+            loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
+        named = dict(model.named_parameters())
+        ascent = JointTensors.copy_of([param.grad for param in named.values()])
+        model.zero_grad()
+        with torch.no_grad():
+            units = [
+                param.abs() + self.eta if "weight" in name else torch.ones_like(param)
+                for name, param in named.items()
+            ]
+            torch._foreach_mul_(ascent.tensors, units)
+            length = _norm(ascent.tensors)
+            torch._foreach_mul_(ascent.tensors, units)
+        perturbation = Perturbation(list(named.values()), math.inf, "global")
+        perturbation.ascend(ascent, self.amp_config.epsilon / length)
+        try:
+            with preserved_buffers(norm_buffers(model)):
+                Trainer.training_step(self, model, inputs, num_items_in_batch)
+        finally:
+            perturbation.restore()
+        return loss
+
+
+class MixedUp(AMPTrainer):
+    """Trains on mixtures of two images each (MixUp, Zhang et al., ICLR 2018, arXiv 1710.09412)."""
+
+    alpha = 1.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mix = MixUp(alpha=self.alpha, num_classes=self.model.num_labels)
+        images, targets = mix(inputs["pixel_values"], inputs["labels"])
+        return F.cross_entropy(model(pixel_values=images).logits, targets)
+
+
+class Averaged(AMPTrainer):
+    """Ends at the exponential moving average of the weights and of BatchNorm's statistics."""
+
+    decay = 0.99  # per step
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Average(self.decay))
+
+
+class _Average(TrainerCallback):
+    def __init__(self, decay: float) -> None:
+        self.average = get_ema_multi_avg_fn(decay)
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.averaged = AveragedModel(model, multi_avg_fn=self.average, use_buffers=True)
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.averaged.update_parameters(model)
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        model.load_state_dict(self.averaged.module.state_dict())
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
