@@ -36,10 +36,10 @@ class AMPConfig:
         },
     )
     rise: float = field(
-        default=0.1,
+        default=0.2,
         metadata={
             "help": "Where epsilon sets itself: how far the perturbation raises the loss, > 0, in "
-            "nats, once everything has been learnt; before, it is less."
+            "nats, once everything has been learnt; before, and where the loss bends, it is less."
         },
     )
     inner_lr: float = field(

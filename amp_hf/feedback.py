@@ -14,7 +14,7 @@ from .radius import Radius
 
 
 class _Measured:
-    """A step's target, its losses at θ and θ + Δ, and ‖Δ‖₂, which arrive while others compute."""
+    """A step's target, and what `Feedback.add` takes, which arrives while others compute."""
 
     def __init__(self, target: float, values: Tensor) -> None:
         self._target = target
@@ -50,19 +50,19 @@ class Feedback:
     def next_step(self, rise: float, epochs: int, progress: float) -> None:
         """Sets the target of the step that begins; see `Radius.target` for the arguments."""
         while len(self._past) > 1:
-            target, loss, perturbed_loss, delta_norm = _read(self._past.popleft())
+            target, loss, perturbed_loss, linear_rise = _read(self._past.popleft())
             self.radius.observe(loss)
             # Where the batch was bad or Δ not finite, and so zero, nothing is learnt about Δ.
-            if math.isfinite(loss) and delta_norm > 0:
-                self.radius.steer(target, perturbed_loss - loss)
+            if math.isfinite(loss) and linear_rise > 0:
+                self.radius.steer(target, loss, perturbed_loss - loss, linear_rise)
         self.target = self.radius.target(rise, epochs, progress)
 
     def add(self, measured: Tensor) -> None:
         """The present step is over, on all ranks together.
 
         Args:
-            measured: on this rank, the losses at θ and at θ + Δ, and ‖Δ‖₂. Where the step is plain,
-                the losses are one, and ‖Δ‖₂ is 0.
+            measured: on this rank, the losses at θ and at θ + Δ, and what their difference would
+                be, were the loss linear: 0 where the step is plain, and the losses are one.
         """
         means = self._accelerator.reduce(measured, reduction="mean")
         self._past.append(_Measured(self.target, means))

@@ -36,7 +36,7 @@ def shrinkage(
     ball: Ball,
     rate: float | Tensor = 1.0,
     norms_of: Norms = local_norms,
-) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+) -> tuple[Tensor | tuple[Tensor, ...], Tensor, Tensor]:
     """The factor that takes `delta` to the projection of rate · Δ onto the ball.
 
     What lies outside of the ball is scaled down onto it; what lies inside is only multiplied by
@@ -51,8 +51,9 @@ def shrinkage(
         norms_of: the norms of whole tensors, where `delta` holds shards of them.
 
     Returns:
-        The factor, or one for each tensor unless the ball is global, and ‖Δ‖₂ after the projection
-        over all tensors together, all 0-dimensional.
+        The factor, or one for each tensor unless the ball is global; ‖Δ‖₂ after the projection
+        over all tensors together; and the norm of rate · Δ that is dual to the ball's: ε times it
+        is its inner product with the longest Δ in its direction. All are 0-dimensional.
     """
     norms = rate * norms_of(delta.tensors)
     if ball == "global":
@@ -65,7 +66,8 @@ def shrinkage(
             block.nan_to_num_(0.0, 0.0, 0.0)  # 0 * inf would be NaN
     scale = torch.where(finite, rate * shrink, 0.0)
     norm = torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
-    return (scale if ball == "global" else scale.unbind()), norm
+    dual = torch.where(finite, norms.sum(), 0.0)
+    return (scale if ball == "global" else scale.unbind()), norm, dual
 
 
 class Perturbation:
@@ -80,7 +82,13 @@ class Perturbation:
     Args:
         norms: where `params` are shards: the norms of the whole tensors.
         moved: called whenever the parameters have been changed.
+
+    Attributes:
+        slope: of the first ascent, its rate times how far the longest Δ in a ball of radius 1 would
+            raise the loss, were it linear; 0-dimensional.
     """
+
+    slope: Tensor
 
     def __init__(
         self,
@@ -107,7 +115,7 @@ class Perturbation:
         return bool(self._originals)
 
     @torch.no_grad()
-    def slope(self, gradient: JointTensors) -> Tensor:
+    def slope_of(self, gradient: JointTensors) -> Tensor:
         """How far the longest Δ in a ball of radius 1 raises the loss, were it linear."""
         norms = self._norms(gradient.tensors)
         return torch.linalg.vector_norm(norms) if self.ball == "global" else norms.sum()
@@ -125,10 +133,13 @@ class Perturbation:
         """
         if isinstance(rate, Tensor):  # the scaler's may be elsewhere than offloaded parameters
             rate = rate.to(self.params[0].device)
-        if self._originals:
+        is_first = not self._originals
+        if not is_first:
             self._add_delta(gradient, rate)
             rate = 1.0
-        factor, norm = shrinkage(gradient, self.epsilon, self.ball, rate, self._norms)
+        factor, norm, slope = shrinkage(gradient, self.epsilon, self.ball, rate, self._norms)
+        if is_first:
+            self.slope = slope
         for group in self._groups:
             delta = group.of(gradient)
             torch._foreach_mul_(

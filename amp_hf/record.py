@@ -171,7 +171,7 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
     else:
         logger.warning(
             "No step was perturbed, so this is what the stock Trainer trains: AMPConfig waits for "
-            "40 % of the steps, and for a loss that has fallen far enough, the further the fewer "
+            "20 % of the steps, and for a loss that has fallen far enough, the further the fewer "
             "epochs there are. AMPConfig(epsilon=…) perturbs all the same."
         )
 

@@ -53,6 +53,7 @@ class Window:
     batches: list = field(default_factory=list)
     perturbation: Perturbation = field(default_factory=lambda: Perturbation([], 0.0, "global"))
     delta_norm: Tensor | None = None
+    linear_rise: Tensor | None = None  # of the loss from θ to θ + Δ, were it linear
     # At θ, of the micro-batches that Δ was computed on and whose outer pass is to come.
     clean_losses: list[Tensor] = field(default_factory=list)
     # The sums that `Feedback.add` takes, over the micro-batches so far.

@@ -189,7 +189,8 @@ class PerturbedStep:
         share = 1 / max(1, len(window.batches))
         self.means.add(loss, clean_loss, window.delta_norm, share)
         if self._config.epsilon is None:
-            self._feed(num_items, clean_loss, loss, share * window.delta_norm)
+            assert window.linear_rise is not None
+            self._feed(num_items, clean_loss, loss, share * window.linear_rise)
         return clean_loss
 
     def _with_last_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
@@ -247,13 +248,13 @@ class PerturbedStep:
         )
 
     def _feed(
-        self, num_items: Count, loss: Tensor, perturbed_loss: Tensor, delta_norm: Tensor
+        self, num_items: Count, loss: Tensor, perturbed_loss: Tensor, linear_rise: Tensor
     ) -> None:
-        """Measures a micro-batch for the rule: its losses, as logged, and its share of ‖Δ‖₂."""
+        """Measures a micro-batch for the rule: its losses, as logged, and its part of the rise."""
         window = self.window
         size = max(1, len(window.batches))
         factor = self.parent.mean_factor(size, num_items, self._loss_shrinks)
-        measured = in_one(factor * loss.detach(), factor * perturbed_loss.detach(), delta_norm)
+        measured = in_one(factor * loss.detach(), factor * perturbed_loss.detach(), linear_rise)
         window.measured = measured if window.measured is None else window.measured + measured
         if self.trainer.accelerator.sync_gradients:  # the last one: the optimizer steps next
             self._feedback.add(window.measured)
@@ -310,8 +311,9 @@ class PerturbedStep:
                         clean_losses.append(loss)
             if config.epsilon is None and self._feedback.radius.epsilon is None:
                 loss = gradient_scale * torch.stack(clean_losses).sum()
-                self._begin_radius(loss, loss_scale * window.perturbation.slope(gradient))
+                self._begin_radius(loss, loss_scale * window.perturbation.slope_of(gradient))
             window.delta_norm = window.perturbation.ascend(gradient, inner_lr * loss_scale)
+        window.linear_rise = window.perturbation.slope * (window.perturbation.epsilon / inner_lr)
         return clean_losses
 
     def _begin_radius(self, loss: Tensor, slope: Tensor) -> None:

@@ -3,6 +3,8 @@
 Knows no Trainer, no in-place arithmetic and no foreach: the package is compared with this.
 """
 
+import math
+
 import torch
 
 
@@ -48,20 +50,23 @@ def sgd(theta, grads, lr):
 class Rule:
     """Sets ε, of a training of so many steps and epochs. It hears of a step two steps later."""
 
-    def __init__(self, rise, steps, epochs, first_loss, loss):
+    def __init__(self, rise, steps, epochs, first_loss, loss, bend):
         self.rise, self.steps, self.epochs = rise, steps, epochs
         self.first_loss, self.loss = first_loss, loss
-        self.epsilon = None
-        self.seen = []  # of each step: the target, the loss at θ, and the one at θ + Δ
+        self.epsilon, self.bend = None, bend
+        # Of each step: the target, the loss at θ, the one at θ + Δ, and its rise of first order.
+        self.seen = []
 
     def target(self, step):
         if step >= 2:
-            target, loss, perturbed = self.seen[step - 2]
+            target, loss, perturbed, linear = self.seen[step - 2]
             self.loss = 0.95 * self.loss + 0.05 * loss
             if target > 0:
                 missed = (perturbed - loss) / target
                 self.epsilon /= min(16.0, max(0.25, missed)) ** 0.2
+                bend = math.log(perturbed / loss) / (linear / loss) - 1
+                self.bend = 0.95 * self.bend + 0.05 * min(1.0, max(-1.0, bend))
         share = (1 - self.loss / self.first_loss) ** (20 / self.epochs)
-        if step < 0.4 * self.steps or share < 0.05:
+        if step < 0.2 * self.steps or share < 0.05:
             return 0.0
-        return share * min(self.rise, self.first_loss / 15)
+        return share * min(self.rise, self.first_loss / 10) / (1 + 10 * max(0.0, self.bend))

@@ -33,7 +33,7 @@ def joint(*args, **kwargs):
 
 def project(delta, *args):
     """Δ ← the projection of rate · Δ, by the factor that `shrinkage` gives. Returns its norm."""
-    factor, norm = shrinkage(delta, *args)
+    factor, norm, _ = shrinkage(delta, *args)
     torch._foreach_mul_(delta.tensors, factor)
     return norm
 
@@ -293,7 +293,7 @@ def test_on_a_gpu_an_ascent_waits_for_nothing_and_takes_fewer_operations_than_pa
         assert "aten._foreach_norm.Scalar" in operations.names  # it does count
         for ball in BALLS:
             perturbation = Perturbation(params, 0.1, ball)
-            perturbation.slope(gradient)
+            perturbation.slope_of(gradient)
             perturbation.ascend(gradient, rate)
             perturbation.ascend(JointTensors(params), rate)
             perturbation.suspend()

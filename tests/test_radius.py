@@ -56,7 +56,7 @@ def test_the_target_of_a_short_training_waits_until_nearly_all_is_learnt():
 
 def test_the_first_part_of_a_training_is_plain():
     radius = Radius(None, 3.0, 0.0)
-    assert [radius.target(0.1, 60, progress) > 0 for progress in (0.0, 0.39, 0.4, 0.99)] == [
+    assert [radius.target(0.1, 60, progress) > 0 for progress in (0.0, 0.19, 0.2, 0.99)] == [
         False,
         False,
         True,
@@ -66,8 +66,8 @@ def test_the_first_part_of_a_training_is_plain():
 
 def test_the_target_is_a_small_share_of_a_first_loss_that_is_small_itself():
     """As that of two classes, or of a regression in large units."""
-    assert Radius(None, 0.69, 0.0).target(0.1, 60, 0.5) == pytest.approx(0.69 / 15)
-    assert Radius(None, 1e-6, 0.0).target(0.1, 60, 0.5) == pytest.approx(1e-6 / 15)
+    assert Radius(None, 0.69, 0.0).target(0.1, 60, 0.5) == pytest.approx(0.69 / 10)
+    assert Radius(None, 1e-6, 0.0).target(0.1, 60, 0.5) == pytest.approx(1e-6 / 10)
     assert Radius(None, 1e6, 0.0).target(0.1, 60, 0.5) == pytest.approx(0.1)
 
 
@@ -96,7 +96,7 @@ def test_losses_and_slopes_that_are_not_finite_say_nothing(bad):
     for loss, slope in ((1.0, bad), (bad, 1.0), (1.0, 0.0)):
         radius.begin(0.1, loss, slope)
         assert radius.epsilon is None
-    radius.steer(0.1, 0.5)
+    radius.steer(0.1, 2.0, 0.5, 0.1)
     assert radius.epsilon is None
 
 
@@ -104,8 +104,9 @@ def test_a_rise_that_is_not_finite_counts_as_far_too_high():
     falls = []
     for rise in (1.6, 1e9, math.inf, math.nan):
         radius = Radius(1.0, 2.0, 1.0)
-        radius.steer(0.1, rise)
+        radius.steer(0.1, 2.0, rise, 0.1)
         falls.append(radius.epsilon)
+        assert math.isfinite(radius.bend)
     assert falls == [pytest.approx(16**-0.2)] * 4
 
 
@@ -131,12 +132,50 @@ def test_the_radius_goes_to_where_the_loss_rises_by_the_target(slope, power):
     radius = Radius()
     radius.begin(0.1, 2.0, slope)
     for _ in range(60):
-        rise = slope * radius.epsilon + 30 * (slope * radius.epsilon) ** power
-        radius.steer(0.1, rise)
+        linear = slope * radius.epsilon
+        rise = linear + 30 * linear**power
+        radius.steer(0.1, 2.0, rise, linear)
     assert rise == pytest.approx(0.1, rel=1e-2)
 
 
+def bent(loss_of, steps=100):
+    """A rule that has steered on a loss, as a function of what is the first order's rise."""
+    radius = Radius(0.1, 3.0, 0.0)
+    for _ in range(steps):
+        linear = radius.epsilon
+        loss = loss_of(0.0)
+        radius.steer(radius.target(0.1, 60, 0.9), loss, loss_of(linear) - loss, linear)
+    return radius
+
+
+@pytest.mark.parametrize("loss", [1e-3, 1.0, 10.0])
+def test_less_is_aimed_at_where_the_loss_rises_faster_than_an_exponential(loss):
+    straight = bent(lambda x: loss * math.exp(x / loss))
+    assert straight.bend == pytest.approx(0.0, abs=1e-6)
+    assert straight.target(0.1, 60, 0.9) == pytest.approx(0.1)
+    faster = bent(lambda x: loss * math.exp(1.2 * x / loss))
+    assert faster.bend == pytest.approx(0.2, rel=0.02)
+    assert faster.target(0.1, 60, 0.9) == pytest.approx(0.1 / 3, rel=0.02)
+    slower = bent(lambda x: loss * math.exp(0.8 * x / loss))
+    assert slower.bend == pytest.approx(-0.2, rel=0.02)
+    assert slower.target(0.1, 60, 0.9) == pytest.approx(0.1)
+
+
+def test_losses_that_have_no_logarithm_do_not_bend():
+    for loss in (0.0, -1.0):
+        radius = Radius(1.0, 2.0, 1.0)
+        radius.steer(0.1, loss, 0.5, 0.1)
+        assert radius.bend == 0.0
+
+
 # The trainings
+
+
+def slope_of(loss, theta, ball):
+    """How far the longest Δ in a ball of radius 1 raises the loss, were it linear."""
+    gradient = reference.gradient(loss, theta)
+    each = [float(reference.norm([g])) for g in gradient]
+    return math.hypot(*each) if ball == "global" else sum(each)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -144,7 +183,7 @@ def test_the_radius_goes_to_where_the_loss_rises_by_the_target(slope, power):
 @pytest.mark.parametrize("ball", BALLS)
 def test_trajectory_equals_the_reference(tmp_path, ball, inner_steps, scope):
     steps, accumulation, rise = 16, 2, 0.02
-    known = dict(first_loss=10.0, loss=0.5)
+    known = dict(first_loss=10.0, loss=0.5, bend=0.1)
     model = make(dtype=torch.float64)
     config = AMPConfig(rise=rise, inner_steps=inner_steps, ball=ball, scope=scope)
     theta, windows = recorded(
@@ -161,35 +200,36 @@ def test_trajectory_equals_the_reference(tmp_path, ball, inner_steps, scope):
         losses = [mlp_loss(batch) for batch in window]
         seen = [mean(losses)] * accumulation if scope == "batch" else losses
         target = rule.target(step)
-        at_delta, gradients = [], []
+        at_delta, linear, gradients = [], [], []
         if target > 0 and rule.epsilon is None:
-            first = reference.gradient(seen[0], theta)
-            norms = [reference.norm([g]) for g in first]
-            slope = reference.norm(first) if ball == "global" else sum(norms)
             loss = float(seen[0](theta))
-            rule.epsilon = float(loss * math.log1p(target / loss) / slope)
+            rule.epsilon = loss * math.log1p(target / loss) / slope_of(seen[0], theta, ball)
         own = dict(epsilon=rule.epsilon if target > 0 else 0.0, inner_lr=1e9, ball=ball)
         for loss, origin in zip(losses, seen):
             delta = reference.perturbation(origin, theta, inner_steps=inner_steps, **own)
             there = [t + d for t, d in zip(theta, delta)]
             at_delta.append(float(loss(there)))
+            linear.append(own["epsilon"] * slope_of(origin, theta, ball))
             gradients.append(reference.gradient(loss, there))
         clean = sum(float(loss(theta)) for loss in losses) / accumulation
-        rule.seen.append((target, clean, sum(at_delta) / accumulation))
+        rule.seen.append((target, clean, *(sum(x) / accumulation for x in (at_delta, linear))))
         theta = reference.sgd(theta, average(gradients), 0.1)
-    assert sum(target > 0 for target, *_ in rule.seen) > 5
+    assert sum(target > 0 for target, *_ in rule.seen) > 8
+    assert 0.01 < rule.bend < 0.09
     assert_at(model, theta)
 
 
 def test_the_loss_rises_by_the_target(tmp_path):
     options = dict(max_steps=200, per_device_train_batch_size=32)
+    options |= dict(save_strategy="steps", save_steps=200)
     trainer = train(make(), tmp_path, ITSELF, data=digits()[:128], **options)
     rises = logged(trainer, "amp/sharpness")
     assert len(rises) > 100
     radius = trainer.state.stateful_callbacks["amp_hf"]
     assert radius["progress"]["ascent_steps"] == len(rises)
     last = trainer.state.log_history[-2]
-    target = Radius(None, math.log(10), last["loss"]).target(ITSELF.rise, 50, 1.0)
+    bend = radius["feedback"]["radius"]["bend"]
+    target = Radius(None, math.log(10), last["loss"], bend).target(ITSELF.rise, 50, 1.0)
     assert sum(rises[-40:]) / 40 == pytest.approx(target, rel=0.15)
 
 
@@ -272,8 +312,8 @@ def spoiled_norms(tmp_path, value, when=lambda trainer: True, **options):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_batches_whose_loss_is_not_finite_leave_the_radius_alone(tmp_path, value):
     norms = spoiled_norms(tmp_path, value, max_steps=14)
-    assert norms[10 - 6] == 0.0
-    assert norms[11 - 6] > 0 and norms[-1] == pytest.approx(norms[3], rel=0.5)
+    assert norms[10 - 3] == 0.0
+    assert norms[11 - 3] > 0 and norms[-1] == pytest.approx(norms[3], rel=0.5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -285,9 +325,9 @@ def test_a_bad_micro_batch_beside_a_good_one_leaves_the_radius_alone(tmp_path, v
         max_steps=15,
         gradient_accumulation_steps=2,
     )
-    assert norms[10 - 6] == pytest.approx(norms[9 - 6] / 2, rel=0.5)  # of the good one alone
-    assert norms[12 - 6] == pytest.approx(norms[11 - 6], rel=1e-5)
-    assert norms[13 - 6] != pytest.approx(norms[12 - 6], rel=1e-3)
+    assert norms[10 - 3] == pytest.approx(norms[9 - 3] / 2, rel=0.5)  # of the good one alone
+    assert norms[12 - 3] == pytest.approx(norms[11 - 3], rel=1e-5)
+    assert norms[13 - 3] != pytest.approx(norms[12 - 3], rel=1e-3)
 
 
 def test_the_micro_batches_that_a_stream_ends_with_count_for_no_step(tmp_path):
@@ -327,7 +367,7 @@ def test_a_callback_may_fix_the_radius_and_let_it_set_itself_again(tmp_path):
     trainer = trainer_for(make(), tmp_path, ITSELF, trainer=own, max_steps=20)
     trainer.train()
     norms = logged(trainer, "amp/delta_norm")
-    assert [round(norm, 4) == 0.01 for norm in norms] == [step in (4, 5) for step in range(12)]
+    assert [round(norm, 4) == 0.01 for norm in norms] == [step in (8, 9) for step in range(16)]
 
 
 def test_arguments_have_the_rise(tmp_path):

@@ -255,9 +255,9 @@ def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(
 def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--budget=1.15"]
     assert parse({}, {}, None, argv)[2] == AMPConfig.for_budget(1.15)
-    own = ["--epsilon=0.1", "--ascent_reuse=false", "--rise=0.1"]
+    own = ["--epsilon=0.1", "--ascent_reuse=false", "--rise=0.3"]
     overridden = parse({}, {}, None, [*argv, *own])[2]
-    assert overridden == AMPConfig(epsilon=0.1, ascent_start=0.4, ascent_every=4)
+    assert overridden == AMPConfig(epsilon=0.1, rise=0.3, ascent_start=0.4, ascent_every=4)
 
 
 def test_only_what_is_trained_on_is_mirrored_and_only_what_the_dataset_knows(

@@ -27,7 +27,7 @@ class Clock:
     [
         (AMPConfig(epsilon=0), "01:20"),
         (AMPConfig(epsilon=0.1), "02:40"),
-        (AMPConfig(), "02:20"),  # plain up to step 40, two passes from there on
+        (AMPConfig(), "02:40"),  # plain up to step 20, two passes from there on
         (AMPConfig(epsilon=0.1, inner_steps=2, ascent_start=0.5), "03:00"),
         (AMPConfig(epsilon=0.1, ascent_every=5, ascent_start=0.5), "01:30"),
     ],

@@ -68,13 +68,14 @@ def always(**kwargs):
     return AMPConfig(**{"epsilon": 0.1} | kwargs)
 
 
-def learnt(loss=0.5, first_loss=10.0, epsilon=None, past=()):
+def learnt(loss=0.5, first_loss=10.0, epsilon=None, bend=0.0, past=()):
     """A callback for a training in which ε sets itself: it goes on where the loss has fallen.
 
     Args:
-        past: of the last step, the target, the losses at θ and at θ + Δ, and ‖Δ‖₂.
+        past: of the last step, the target, the losses at θ and at θ + Δ, and the rise between them,
+            were the loss linear.
     """
-    radius = {"epsilon": epsilon, "first_loss": first_loss, "loss": loss}
+    radius = {"epsilon": epsilon, "first_loss": first_loss, "loss": loss, "bend": bend}
 
     def act(event, state, control):
         keep(state, feedback={"radius": radius, "past": list(past)})
