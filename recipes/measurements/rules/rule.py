@@ -36,6 +36,7 @@ class Rule:
     relative: float = 0.0  # if > 0, the target is multiplied by loss/(loss + relative)
     cap: float = 0.0  # if > 0, the share of the rise that curvature may add to ρ·‖Tg‖
     bend: float = 0.0  # if > 0, the same of the rise of log loss over ρ·‖Tg‖/loss
+    soften: float = 0.0  # the target is divided by 1 + soften · (moving average of that excess)
     least: float = 0.0  # a step whose gate is below this is plain
 
     @classmethod
@@ -69,6 +70,7 @@ class Radius:
         self.l0 = math.log(classes) if rule.l0 == "classes" else None
         self.first: list[float] = []
         self.ema: float | None = None
+        self.excess = 0.0
         self.log_state: float | None = None  # log ρ under `steer`, log k under `correct`
 
     def see(self, loss: float) -> None:
@@ -107,6 +109,9 @@ class Radius:
 
     def learn(self, target: float, rise: float, linear: float, loss: float) -> None:
         """`linear` is the rise of first order, ρ·‖Tg‖."""
+        if min(linear, loss, loss + rise) > 0 and math.isfinite(rise):
+            excess = math.log1p(rise / loss) / (linear / loss) - 1
+            self.excess += (1 - self.rule.beta) * (min(1.0, max(-1.0, excess)) - self.excess)
         if self.rule.control in ("steer", "correct") and self.log_state is not None and target > 0:
             ratio = target / max(rise, target / 4) if math.isfinite(rise) else 0.25
             if self.rule.cap > 0 and linear > 0:

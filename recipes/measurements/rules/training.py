@@ -94,7 +94,7 @@ def train(  # noqa: PLR0912, PLR0915
                 if ascends:
                     ascents += 1
                     gate = before
-                    target = rule.value * gate
+                    target = rule.value * gate / (1 + rule.soften * max(0.0, radius.excess))
                     if rule.relative > 0:
                         level = radius.ema or clean
                         target *= level / (level + rule.relative)
