@@ -5,11 +5,13 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 
 import benchmark_step
 import erm_comparison
 import erm_settings
 import frontier
+import on_gpu
 import plan
 import pytest
 import runs
@@ -22,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.flatness import LossSurface
+from amp_hf.images.arguments import parse
 
 MEASUREMENTS = RECIPES / "measurements"
 
@@ -164,6 +167,55 @@ def test_the_average_of_the_weights_is_what_training_ends_at():
 def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, script, words, said):
     monkeypatch.chdir(tmp_path)
     assert said in error_of(script, monkeypatch, *words)
+
+
+TRAINING = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+(folder / "checkpoint-7").mkdir(exist_ok=True)
+if sys.argv[-2:] != ["--resume_from_checkpoint", "true"]:
+    time.sleep(1000)
+(folder / "all_results.json").write_text(json.dumps({"test_accuracy": 0.5}))
+"""
+
+
+def test_what_the_time_cuts_off_on_a_gpu_goes_on_the_next_time(tmp_path, monkeypatch, capsys):
+    """A process that is done, one that fails, and one that saves a checkpoint and takes long."""
+    (tmp_path / "train_long.py").write_text(TRAINING)
+    jobs = {
+        "done": ["-c", "print('all is well')"],
+        "fails": ["-c", "raise SystemExit(3)"],
+        "long": [str(tmp_path / "train_long.py")],
+    }
+    monkeypatch.setattr(on_gpu, "jobs", lambda data: jobs)
+    monkeypatch.setattr(on_gpu, "LEAST", 0)
+    words = ["--output", tmp_path / "on_gpu.json", "--cache", tmp_path / "cache", "--minutes=0.1"]
+    main_of(on_gpu, monkeypatch, *words)
+    out = capsys.readouterr().out
+    assert "done: all is well" in out and "fails: failed; see" in out
+    assert "long: not finished; see" in out and "Missing: fails, long." in out
+    first = json.loads((tmp_path / "on_gpu.json").read_text())
+    assert [*first] == ["done"]
+
+    jobs["fails"] = ["-c", "print('mended')"]
+    main_of(on_gpu, monkeypatch, *words)
+    out = capsys.readouterr().out
+    assert "All is done." in out and "all is well" not in out
+    found = json.loads((tmp_path / "on_gpu.json").read_text())
+    assert found["done"] == first["done"]
+    assert found["fails"]["result"] == "mended"
+    assert found["long"]["result"] == {"test_accuracy": 0.5}
+
+
+def test_the_list_for_a_gpu_is_made_of_arguments_that_exist(tmp_path):
+    for name, words in on_gpu.jobs("copies").items():
+        if "train_" in words[0]:
+            own, args, config = parse(
+                {}, {}, None, [*words[1:], "--use_cpu", f"--output_dir={tmp_path}"]
+            )
+            assert own.from_scratch and args.bf16
+            assert (config.epsilon == 0) == ("ERM" in name)
+        assert os.path.exists(words[0]) or words[0] == "-m"
 
 
 @pytest.mark.slow
