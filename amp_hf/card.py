@@ -37,6 +37,7 @@ class CardDetails:
         baseline: results of the ERM baseline: the same training without perturbation.
         baseline_seconds: how long that training took.
         flatness: by model, "AMP" and "ERM", on the training set.
+        temperature_scaled: by model, results once a temperature has been fitted.
         pictures: file names in the output folder, by caption.
     """
 
@@ -46,6 +47,7 @@ class CardDetails:
     baseline: Results | None = None
     baseline_seconds: float | None = None
     flatness: dict[str, Flatness] = field(default_factory=dict)
+    temperature_scaled: dict[str, Results] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
 
 
@@ -151,9 +153,9 @@ def _shown(metrics: dict[str, float]) -> dict[str, float]:
 def _results(record: TrainingRecord, details: CardDetails) -> dict[str, Any] | None:
     """Head and rows of the table of results, which has a column for the model and one for ERM."""
     own = "AMP" if record.amp_config.epsilon != 0 else "ERM"
-    columns = {own: _cells(record.results, details.flatness.get(own))}
+    columns = {own: _cells(own, record.results, details)}
     if own == "AMP" and (details.baseline or "ERM" in details.flatness):
-        columns["ERM"] = _cells(details.baseline or {}, details.flatness.get("ERM"))
+        columns["ERM"] = _cells("ERM", details.baseline or {}, details)
     if not columns[own]:
         return None
     return {
@@ -165,13 +167,12 @@ def _results(record: TrainingRecord, details: CardDetails) -> dict[str, Any] | N
     }
 
 
-def _cells(results: Results, flatness: Flatness | None) -> dict[str, str]:
+def _cells(model: str, results: Results, details: CardDetails) -> dict[str, str]:
     """One column of the table, by the names of its rows."""
-    cells = {}
-    for split, metrics in results.items():
-        for metric, value in _shown(metrics).items():
-            label, form = _METRICS.get(metric, (metric, "{:.4f}"))
-            cells[f"{split}: {label}"] = form.format(value)
+    cells = _metric_cells(results)
+    scaled = _metric_cells(details.temperature_scaled.get(model, {}))
+    cells |= {f"{row}, after temperature scaling": value for row, value in scaled.items()}
+    flatness = details.flatness.get(model)
     if flatness is None:
         return cells
     top, trace, rise = flatness.top_eigenvalue, flatness.trace, flatness.random_rise
@@ -187,6 +188,15 @@ def _cells(results: Results, flatness: Flatness | None) -> dict[str, str]:
             f"{trace.mean:.4g} ± {trace.standard_error:.2g}"
         ),
     }
+
+
+def _metric_cells(results: Results) -> dict[str, str]:
+    cells = {}
+    for split, metrics in results.items():
+        for metric, value in _shown(metrics).items():
+            label, form = _METRICS.get(metric, (metric, "{:.4f}"))
+            cells[f"{split}: {label}"] = form.format(value)
+    return cells
 
 
 def _classes(task: str | None) -> dict[str, str] | None:

@@ -3,7 +3,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 from transformers import EvalPrediction
 
-from amp_hf.metrics import ExpectedCalibrationError, compute_metrics
+from amp_hf.metrics import ExpectedCalibrationError, compute_metrics, temperature_scaled
 
 
 def logits_and_labels(n=1000, classes=10, seed=0):
@@ -48,3 +48,34 @@ def test_certain_and_right_is_perfectly_calibrated():
     logits = np.eye(10) * 1000
     results = compute_metrics(EvalPrediction(logits, np.arange(10)))
     assert results == {"accuracy": 1.0, "nll": 0.0, "ece": 0.0}
+
+
+def drawn(n=4000, classes=5, seed=0):
+    """Logits, and labels drawn from their own softmax: perfectly calibrated."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, classes)) * 2
+    return logits, (logits + rng.gumbel(size=logits.shape)).argmax(1)
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_temperature_scaling_undoes_what_a_factor_has_done(factor):
+    logits, labels = drawn()
+    best = compute_metrics(EvalPrediction(logits, labels))
+    scaled = temperature_scaled(factor * logits, labels)
+    assert scaled["nll"] == pytest.approx(best["nll"], abs=2e-3)
+    assert scaled["ece"] < 0.03
+
+
+def test_no_sample_chooses_its_own_temperature():
+    """The even ones are far too sure, the odd ones far too timid: each half spoils the other."""
+    logits, labels = drawn()
+    logits[::2] *= 4
+    logits[1::2] /= 4
+    given = compute_metrics(EvalPrediction(logits, labels))
+    assert temperature_scaled(logits, labels)["nll"] > given["nll"] + 1
+
+
+def test_where_all_are_right_the_temperature_ends_at_a_tenth():
+    logits = np.eye(4)[[0, 1, 2, 3] * 10]
+    scaled = temperature_scaled(logits, logits.argmax(1))
+    assert scaled["nll"] == pytest.approx(np.log1p(3 * np.exp(-10)))

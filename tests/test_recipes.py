@@ -107,8 +107,9 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monk
     folder = tmp_path / "out"
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
     assert "More information needed" not in card.text
-    for row in ("test: accuracy", "test: negative log-likelihood", "contrast: accuracy"):
-        (line,) = [line for line in card.text.splitlines() if line.startswith(f"| {row}")]
+    nll = "test: negative log-likelihood, nats"
+    for row in ("test: accuracy", nll, f"{nll}, after temperature scaling", "contrast: accuracy"):
+        (line,) = [line for line in card.text.splitlines() if line.startswith(f"| {row} |")]
         assert re.fullmatch(r"\| [^|]+ \| [\d.%]+ \| [\d.%]+ \|", line)
     assert "trace of the Hessian" in card.text
     assert "2 of 2 steps had an ascent" in card.text

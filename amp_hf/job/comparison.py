@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import AMPConfig
 from ..flatness import LossSurface, measure
+from ..metrics import temperature_scaled
 from ..pictures import (
     draw_loss_contours,
     draw_loss_curves,
@@ -41,7 +42,7 @@ def measure_for_card(job: Job, evaluated: Sets) -> None:
         trainers["ERM"] = train_baseline(job, evaluated)
     trainers["AMP" if perturbed else "ERM"] = trainer
     if "test" in evaluated:
-        draw_calibration(trainer, trainers, "test", evaluated["test"])
+        measure_calibration(trainer, trainers, "test", evaluated["test"])
     if job.arguments.flatness:
         measure_flatness(job, {name: str(each.args.output_dir) for name, each in trainers.items()})
 
@@ -77,14 +78,18 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
     return erm
 
 
-def draw_calibration(
+def measure_calibration(
     trainer: AMPTrainer, trainers: dict[str, AMPTrainer], name: str, test: Any
 ) -> None:
-    """A reliability diagram of all `trainers` on the split `name`, for the card of `trainer`."""
+    """Of all `trainers`, on the split `name`, for the card of `trainer`: a reliability diagram, and
+    the metrics that a temperature alone would lead to."""
     predictions = {}
     for model, each in trainers.items():
         prediction = each.predict(test)
         predictions[model] = prediction.predictions, prediction.label_ids
+        if len(prediction.predictions) > 1:
+            scaled = {name: temperature_scaled(*predictions[model])}
+            trainer.card_details.temperature_scaled[model] = scaled
     if trainer.is_world_process_zero():
         numbers = reliability(predictions)
         path = os.path.join(str(trainer.args.output_dir), "reliability.png")

@@ -24,6 +24,7 @@ from amp_hf import AMPTrainer
 from amp_hf.flatness import LossSurface
 from amp_hf.images.arguments import parse
 from amp_hf.images.classification import ImageJob
+from amp_hf.metrics import temperature_scaled
 
 RECIPES = Path(__file__).parents[1]
 CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
@@ -132,7 +133,9 @@ class Runs:
         trainer = job.trainer
         test = trainer.eval_dataset if row.held_out else job.tests["test"]
         seconds = trainer.train().metrics["train_runtime"]
-        metrics = trainer.evaluate(test, metric_key_prefix="test")
+        predicted = trainer.predict(test)
+        metrics = predicted.metrics
+        scaled = temperature_scaled(predicted.predictions, predicted.label_ids)
         result = {
             "setting": key,
             "row": name,
@@ -140,6 +143,8 @@ class Runs:
             "accuracy": metrics["test_accuracy"],
             "nll": metrics["test_nll"],
             "ece": metrics["test_ece"],
+            "scaled_nll": scaled["nll"],
+            "scaled_ece": scaled["ece"],
             "seconds": seconds,
             "command": self._command(key, name, seed),
         }
