@@ -32,7 +32,7 @@ class AMPConfig:
         default=None,
         metadata={
             "help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer. By "
-            "default it sets itself, so that the loss rises by `rise`."
+            "default it sets itself, so that the loss rises by `rise` at most."
         },
     )
     rise: float = field(

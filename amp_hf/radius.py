@@ -12,8 +12,10 @@ it sees a few times only, once it is. A step whose target is next to nothing is 
 the first 20 %: what a network learns there is what its data have in common, and a perturbation is
 in the way of that.
 
-`bend` is how much more than an exponential the loss rises along Δ: 0 for most convolutional
-networks, 0.3 for small transformers on few images, for which 0.1 nats are too much.
+`bend` is how much more than an exponential the loss rises along Δ: near 0 for the convolutional
+networks that it was found with, 0.3 for small transformers on few images, for which 0.1 nats are
+too much. A loss that cannot fall to 0 (label smoothing, MixUp, a penalty) bends more than it would
+without what keeps it up, so it is perturbed less.
 """
 
 from __future__ import annotations
@@ -104,5 +106,5 @@ class Radius:
         missed = rise / target if math.isfinite(rise) else _HIGHEST
         self.epsilon *= min(_HIGHEST, max(_LOWEST, missed)) ** -_GAIN
         if math.isfinite(rise) and min(loss, loss + rise) > 0:
-            bend = math.log1p(rise / loss) / (linear / loss) - 1
+            bend = loss * math.log1p(rise / loss) / linear - 1
             self.bend = _MEMORY * self.bend + (1 - _MEMORY) * min(1.0, max(-1.0, bend))

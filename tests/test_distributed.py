@@ -228,7 +228,7 @@ def counted_cases(engine):
     for scope in MORE_COLLECTIVES[engine]:
         counted |= with_scope(scope, {"counted": COUNTED})
     steered = COUNTED | {"begins": STEERED, "max_steps": 5}
-    counted |= {"fixed": steered | {"config": {"ascent_start": 0.4}}}
+    counted |= {"fixed": steered | {"config": {"ascent_start": 0.2}}}
     return counted | {"counted, steered": steered | {"config": {"epsilon": None}}}
 
 

@@ -159,7 +159,7 @@ def test_the_average_of_the_weights_is_what_training_ends_at():
         (
             erm_comparison,
             ["--tables", "grids"],
-            "--tables knows choice, results, defaults, grid",
+            "--tables knows choice, results, defaults, others, grid",
         ),
         (erm_comparison, ["--data", "no/such"], "Pass --data a folder of local copies"),
     ],
@@ -172,13 +172,17 @@ def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, script, words, said
 TRAINING = """
 import json, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-(folder / "checkpoint-7").mkdir(exist_ok=True)
+for name, whole in (("checkpoint-7", True), ("checkpoint-8", False)):
+    (folder / name).mkdir(exist_ok=True)
+    if whole:
+        (folder / name / "trainer_state.json").touch()
 if sys.argv[-2:] != ["--resume_from_checkpoint", "true"]:
     time.sleep(1000)
 (folder / "all_results.json").write_text(json.dumps({"test_accuracy": 0.5}))
 """
 
 
+@pytest.mark.slow
 def test_what_the_time_cuts_off_on_a_gpu_goes_on_the_next_time(tmp_path, monkeypatch, capsys):
     """A process that is done, one that fails, and one that saves a checkpoint and takes long."""
     (tmp_path / "train_long.py").write_text(TRAINING)
@@ -190,9 +194,13 @@ def test_what_the_time_cuts_off_on_a_gpu_goes_on_the_next_time(tmp_path, monkeyp
     monkeypatch.setattr(on_gpu, "jobs", lambda data: jobs)
     monkeypatch.setattr(on_gpu, "LEAST", 0)
     words = ["--output", tmp_path / "on_gpu.json", "--cache", tmp_path / "cache", "--minutes=0.1"]
+    with pytest.raises(SystemExit, match="there is no CUDA device"):
+        main_of(on_gpu, monkeypatch, *words)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     main_of(on_gpu, monkeypatch, *words)
     out = capsys.readouterr().out
-    assert "done: all is well" in out and "fails: failed; see" in out
+    assert "done: ['all is well']" in out and "fails: failed; see" in out
     assert "long: not finished; see" in out and "Missing: fails, long." in out
     first = json.loads((tmp_path / "on_gpu.json").read_text())
     assert [*first] == ["done"]
@@ -203,7 +211,7 @@ def test_what_the_time_cuts_off_on_a_gpu_goes_on_the_next_time(tmp_path, monkeyp
     assert "All is done." in out and "all is well" not in out
     found = json.loads((tmp_path / "on_gpu.json").read_text())
     assert found["done"] == first["done"]
-    assert found["fails"]["result"] == "mended"
+    assert found["fails"]["result"] == ["mended"]
     assert found["long"]["result"] == {"test_accuracy": 0.5}
 
 
@@ -257,6 +265,7 @@ def test_every_command_says_how_it_augments(script):
     settings = script.SETTINGS.values()
     commands = [run["command"] for run in saved_runs(script).found["runs"]]
     assert all("--augment " in command for command in commands)
+    assert not any("strong_signs" in command for command in commands)  # mirrors, in that recipe
     assert all("--augment " in setting.argv for setting in settings)
 
 

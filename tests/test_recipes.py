@@ -240,12 +240,14 @@ def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(
     for folder in (whole, parts):
         main({}, {}, None, [*common, "--output_dir", str(folder), "--save_strategy=epoch"])
     shutil.rmtree(parts / "checkpoint-40")
+    (parts / "checkpoint-30").mkdir()  # the run was killed while it saved this one
+    (parts / "checkpoint-30" / "model.safetensors").touch()
     capfd.readouterr()
     resumed = [*common, "--output_dir", str(parts), "--save_strategy=epoch"]
     main({}, {}, None, [*resumed, "--resume_from_checkpoint=true"])
     bar = capfd.readouterr().err
     assert "| 20/40 [00:00<?, " in bar and "| 1/40 " not in bar
-    assert re.search(r"\| \d\d/40 \[00:\d\d<00:\d\d, .*, ends \d\d:\d\d\]", bar)
+    assert re.search(r"\| \d\d/40 \[\d\d:\d\d<\d\d:\d\d, .*, ends \d\d:\d\d\]", bar)
     a, b = (
         AutoModelForImageClassification.from_pretrained(folder).state_dict()
         for folder in (whole, parts)
@@ -266,17 +268,24 @@ def test_only_what_is_trained_on_is_mirrored_and_only_what_the_dataset_knows(
 ):
     mirrored = {"zero": "zero", "six": "nine", "eight": "stop", "left": "right"}
     words = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
-    words += ["--validation_fraction=0.2", "--augment=none", "--mirrored", json.dumps(mirrored)]
-    job = ImageJob(*parse({}, {}, None, words))
-    assert "has no class 'left'; what names it is left out. (3 of 7 are unknown.)" in caplog.text
+    words += ["--validation_fraction=0.2", "--mirrored", json.dumps(mirrored)]
+    job = ImageJob(*parse({}, {}, None, [*words, "--augment=strong_signs"]))
+    assert "does not have: ['left', 'right', 'stop']." in caplog.text
     trained = job.trainer.train_dataset
     seen, own = trained.__getitems__([*range(len(trained))])["labels"], trained.labels
     changed = {(a, b) for a, b in zip(own.tolist(), seen.tolist()) if a != b}
     assert changed == {(6, 9), (9, 6)}
     plain = job.unaugmented(trained, job.trainer.model)
-    for dataset in (plain, job.trainer.eval_dataset, job.tests["test"]):
+    others = ImageJob(*parse({}, {}, None, [*words, "--augment=signs"])).trainer.train_dataset
+    for dataset in (plain, job.trainer.eval_dataset, job.tests["test"], others):
         everything = dataset.__getitems__([*range(len(dataset))])
         assert torch.equal(everything["labels"], dataset.labels)
+
+
+def test_the_recipe_for_gtsrb_leaves_another_dataset_alone(tmp_path, data, monkeypatch, caplog):
+    words = [*SMALL.split(), "--dataset", data, "--output_dir", tmp_path, "--max_steps", 1]
+    run_here(RECIPES / "train_gtsrb.py", monkeypatch, *words)
+    assert "mirrored" not in caplog.text
 
 
 @pytest.mark.skipif(not GTSRB.exists(), reason="needs a copy of GTSRB")
@@ -318,6 +327,7 @@ BAD = {
     "--image_column=label": "has no image column 'label'; it has img, label",
     "--cutout=-4": "--cutout must be at least 0, got -4.",
     "--mirrored=left:right": "--mirrored must be a JSON object, got left:right.",
+    '--mirrored={"a": "b", "c": "b"}': "--mirrored must name one mirror image of each class",
     "--model_args=[4]": "--model_args must be a JSON object, got [4].",
     "--model_args={4": "--model_args must be a JSON object, got {4.",
     '--model_args={"nope": 4}': "change --model_args, raise --image_size",

@@ -43,8 +43,9 @@ class ImageArguments(JobArguments):
     mirrored: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Mirror half of the images of these classes. In JSON, from a class's name to "
-            'that of its mirror image: \'{"stop": "stop", "turn left": "turn right"}\'.'
+            "help": "The classes of which strong_signs mirrors half of the images. In JSON, from a "
+            "class's name to that of its mirror image: "
+            '{"stop": "stop", "turn left": "turn right"}; {}: none.'
         },
     )
     cutout: int = field(default=0, metadata={"help": "Pixels a side of Cutout's square; 0: none."})
@@ -54,7 +55,7 @@ class ImageArguments(JobArguments):
 
     def __post_init__(self) -> None:
         self.model_args = _json_object("model_args", self.model_args)
-        self.mirrored = _json_object("mirrored", self.mirrored)
+        self.mirrored = _both_ways(_json_object("mirrored", self.mirrored) or {})
         self._check_at_least_one("image_size")
         if self.cutout < 0:
             raise ValueError(f"--cutout must be at least 0, got {self.cutout}.")
@@ -68,6 +69,18 @@ def _json_object(name: str, given: dict | str | None) -> dict[str, Any] | None:
         if isinstance(parsed := json.loads(given), dict):
             return parsed
     raise ValueError(f"--{name} must be a JSON object, got {given}.")
+
+
+def _both_ways(mirrored: dict[str, Any]) -> dict[str, str]:
+    both: dict[str, str] = {}
+    for pair in mirrored.items():
+        one, other = map(str, pair)
+        if both.setdefault(one, other) != other or both.setdefault(other, one) != one:
+            raise ValueError(
+                f"--mirrored must name one mirror image of each class, got two of {one!r} or of "
+                f"{other!r}."
+            )
+    return both
 
 
 # For fine-tuning. Each recipe adds what its dataset needs.

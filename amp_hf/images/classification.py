@@ -85,18 +85,18 @@ class ImageJob(Job):
 
     def _mirror(self) -> RandomMirror | None:
         """Of the classes that the dataset has: a recipe's default is for one dataset alone."""
+        chosen = self.arguments
+        if chosen.augment != "strong_signs":
+            return None
         numbers = {name: number for number, name in enumerate(self.rows.label_names)}
-        pairs: dict[str, str] = self.arguments.mirrored or {}
-        unknown = sorted({*pairs, *pairs.values()} - numbers.keys())
-        if unknown:
-            logger.warning(
-                f"--mirrored: {self.arguments.dataset} has no class {unknown[0]!r}; what names it "
-                f"is left out. ({len(unknown)} of {len({*pairs, *pairs.values()})} are unknown.)"
-            )
-        classes: dict[int, int] = {}
-        for one, other in pairs.items():
-            if not {one, other} & {*unknown}:
-                classes |= {numbers[one]: numbers[other], numbers[other]: numbers[one]}
+        unknown = sorted(chosen.mirrored.keys() - numbers.keys())
+        if unknown and len(unknown) < len(chosen.mirrored):
+            logger.warning(f"--mirrored leaves out what {chosen.dataset} does not have: {unknown}.")
+        classes = {
+            numbers[one]: numbers[other]
+            for one, other in chosen.mirrored.items()
+            if not {one, other} & {*unknown}
+        }
         return RandomMirror(classes) if classes else None
 
     def trainer_arguments(self) -> dict[str, Any]:

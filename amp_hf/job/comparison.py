@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import AMPConfig
 from ..flatness import LossSurface, measure
@@ -28,7 +27,7 @@ from ..pictures import (
 )
 from ..record import results_of
 from ..trainer import AMPTrainer
-from .job import Job
+from .job import Job, last_checkpoint
 
 Sets = dict[str, Any]  # datasets, by the name that their metrics begin with
 
@@ -66,7 +65,7 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
         trainer.eval_dataset,
     )
     resumes = bool(args.resume_from_checkpoint) and os.path.isdir(folder)
-    checkpoint = get_last_checkpoint(folder) if resumes else None
+    checkpoint = last_checkpoint(folder) if resumes else None
     result = erm.train(checkpoint)
     erm.save_model()
     erm.save_state()

@@ -6,12 +6,12 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..card import CardDetails
 from ..compat import sgd_with_arguments
@@ -131,7 +131,7 @@ class Job(ABC):
             **sgd_with_arguments(args),
             **self.trainer_arguments(),
         )
-        show_time_left(trainer, amp_config)
+        show_time_left(trainer)
         return trainer
 
     def _load_rows(self, args: TrainingArguments) -> Rows:
@@ -154,6 +154,17 @@ class Job(ABC):
         )
 
 
+def last_checkpoint(folder: str) -> str | None:
+    """The last one that was saved whole: a run may have been killed while it saved another."""
+    whole = [
+        path.parent
+        for path in Path(folder).glob("checkpoint-*/trainer_state.json")  # the last file of all
+        if path.parent.name.rpartition("-")[2].isdecimal()
+    ]
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)
+
+
 def _check_writable(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
@@ -173,7 +184,7 @@ def _find_checkpoint(args: TrainingArguments) -> str | None:
     if wanted is None or wanted.lower() == "false":
         return None
     if wanted.lower() == "true":
-        found = get_last_checkpoint(str(args.output_dir))
+        found = last_checkpoint(str(args.output_dir))
     else:
         found = wanted if os.path.isdir(wanted) else None
     if found is None:

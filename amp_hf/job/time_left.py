@@ -1,4 +1,4 @@
-"""A progress bar that knows when the training ends, though a perturbed step takes twice as long."""
+"""A progress bar that expects a perturbed step to take as long as its passes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 from tqdm import tqdm
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
 
 from ..config import AMPConfig
 from ..radius import START
+from ..trainer import AMPTrainer
 
 
 class TimeLeftBar(tqdm):
@@ -53,18 +54,19 @@ class TimeLeftBar(tqdm):
 class TimeLeftCallback(ProgressCallback):
     """transformers' progress bars, of which the training's is a `TimeLeftBar`."""
 
-    def __init__(self, config: AMPConfig) -> None:
+    def __init__(self, trainer: AMPTrainer) -> None:
         super().__init__()
-        self._config = config
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            bar: Any = TimeLeftBar(self._config, state.max_steps, state.global_step)
+            config = self._trainer.amp_config  # a search may have replaced it
+            bar: Any = TimeLeftBar(config, state.max_steps, state.global_step)
             self.training_bar = bar
         self.current_step = state.global_step
 
 
-def show_time_left(trainer: Trainer, config: AMPConfig) -> None:
+def show_time_left(trainer: AMPTrainer) -> None:
     """In place of transformers' bar, where it shows one and not a notebook's table."""
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(TimeLeftCallback(config))
+        trainer.add_callback(TimeLeftCallback(trainer))

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
+
+from amp_hf.job.job import last_checkpoint
 
 HERE = Path(__file__).parent
-LEAST = 30  # seconds, with which it is worth to begin
+LEAST = 30  # seconds, below which nothing is begun
+WHOLE = 600  # seconds for what cannot go on where it was
 
 
 @dataclass
@@ -76,12 +78,15 @@ def run(name: str, words: list[str], folder: Path, seconds: float) -> dict | Non
     """Its command and its result; `None` if it failed or the time was not enough."""
     folder.mkdir(parents=True, exist_ok=True)
     more: list[str] = []
-    if "train_" in words[0]:
+    script = Path(words[0]).name
+    if script.startswith("train_"):
         more = ["--output_dir", str(folder)]
-        if get_last_checkpoint(str(folder)) is not None:
+        if last_checkpoint(str(folder)) is not None:
             more += ["--resume_from_checkpoint", "true"]
-    elif "benchmark" in words[0]:
-        more = ["--json", str(folder / "all_results.json")]
+    else:
+        seconds = min(seconds, WHOLE)
+        if script.startswith("benchmark_"):
+            more = ["--json", str(folder / "all_results.json")]
     began = time.monotonic()
     log = folder / "log.txt"
     with log.open("a") as output, _process([*words, *more], output) as process:
@@ -98,7 +103,7 @@ def run(name: str, words: list[str], folder: Path, seconds: float) -> dict | Non
     return {
         "command": shlex.join(["python", *words]),
         "seconds": round(time.monotonic() - began),  # since it was last resumed
-        "result": json.loads(results.read_text()) if results.exists() else said[-1],
+        "result": json.loads(results.read_text()) if results.exists() else said[-1:],
     }
 
 
@@ -122,10 +127,13 @@ def main() -> None:
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         sys.exit(f"on_gpu.py: error: {error}")
+    if not torch.cuda.is_available():
+        sys.exit("on_gpu.py: error: there is no CUDA device.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes the child along
     end = time.monotonic() + 60 * options.minutes
     path = Path(options.output)
     found = json.loads(path.read_text()) if path.exists() else {}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name()
     for name, words in jobs(options.data).items():
         left = end - time.monotonic()
         if name not in found and left > LEAST:
