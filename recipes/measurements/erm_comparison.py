@@ -134,7 +134,7 @@ def _defaults_cell(runs: Runs, key: str, name: str) -> str:
             parts.append(mean_and_spread(scaled, digits, sign="" if name == "ERM" else "+"))
     n = len(runs.by_seed(key, name, "nll"))
     text = "<br>".join(parts).replace("-", "−")
-    return f"{text}<br>n = {n}" if n == 1 else text
+    return f"{text}<br>n = {n}" if 0 < n < len(THREE) else text
 
 
 def _title(key: str) -> str:
