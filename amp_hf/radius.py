@@ -4,7 +4,7 @@ The ε that serves one network best lies a factor of twenty from that of another
 loss by about as much. So the rise is held at a target, and ε is what it takes:
 
     learnt  = 1 − loss / first loss                     loss: a moving average, at θ
-    target  = rise · learnt^(20 / epochs) / (1 + 10 · bend)
+    target  = rise · learnt^((20 / epochs)^1.5) / (1 + 10 · bend)
     ε       ← ε · (target / (loss(θ + Δ) − loss(θ)))^0.2
 
 What a training sees often enough to learn it by heart is perturbed long before it is learnt; what
@@ -64,7 +64,7 @@ class Radius:
         if self.first_loss <= 0:
             return 0.0
         learnt = min(1.0, max(0.0, 1 - self.loss / self.first_loss))
-        share = learnt ** (_EPOCHS / epochs)
+        share = learnt ** ((_EPOCHS / epochs) ** 1.5)
         if share < _LEAST:
             return 0.0
         return share * min(rise, _SHARE * self.first_loss) / (1 + _CAUTION * max(0.0, self.bend))

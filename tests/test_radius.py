@@ -47,11 +47,11 @@ def test_the_target_grows_as_the_loss_falls_and_is_whole_where_it_is_zero():
 
 
 def test_the_target_of_a_short_training_waits_until_nearly_all_is_learnt():
-    half = Radius(None, 3.0, 1.5)
-    assert half.target(0.1, 100, 0.5) == pytest.approx(0.1 * 0.5**0.2)
-    assert half.target(0.1, 5, 0.5) == pytest.approx(0.1 * 0.5**4)
+    half, most = Radius(None, 3.0, 1.5), Radius(None, 3.0, 0.6)
+    assert half.target(0.1, 100, 0.5) == pytest.approx(0.1 * 0.5 ** (0.2**1.5))
+    assert most.target(0.1, 5, 0.5) == pytest.approx(0.1 * 0.8**8)
     assert half.target(0.1, 1, 0.5) == 0.0  # a millionth of it: not worth a pass
-    assert Radius(None, 3.0, 0.1).target(0.1, 1, 0.5) > 0
+    assert Radius(None, 3.0, 0.05).target(0.1, 1, 0.5) > 0
 
 
 def test_the_first_part_of_a_training_is_plain():
@@ -183,7 +183,7 @@ def slope_of(loss, theta, ball):
 @pytest.mark.parametrize("ball", BALLS)
 def test_trajectory_equals_the_reference(tmp_path, ball, inner_steps, scope):
     steps, accumulation, rise = 16, 2, 0.02
-    known = dict(first_loss=10.0, loss=0.5, bend=0.1)
+    known = dict(first_loss=100.0, loss=0.5, bend=0.1)
     model = make(dtype=torch.float64)
     config = AMPConfig(rise=rise, inner_steps=inner_steps, ball=ball, scope=scope)
     theta, windows = recorded(

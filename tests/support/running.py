@@ -68,7 +68,7 @@ def always(**kwargs):
     return AMPConfig(**{"epsilon": 0.1} | kwargs)
 
 
-def learnt(loss=0.5, first_loss=10.0, epsilon=None, bend=0.0, past=()):
+def learnt(loss=0.5, first_loss=100.0, epsilon=None, bend=0.0, past=()):
     """A callback for a training in which ε sets itself: it goes on where the loss has fallen.
 
     Args:

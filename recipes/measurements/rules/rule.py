@@ -18,7 +18,7 @@ class Rule:
             k is steered.
         value: ε, or the target in nats before its gate.
         gate: what the target is multiplied by, with u = 1 − (EMA of the clean loss)/L0. `share`:
-            u^p. `repeat`: u^(p/epochs so far). `horizon`: u^(p/epochs in all).
+            u^p. `repeat`: u^(p/epochs so far). `horizon`: u^((p/epochs in all)^power).
         l0: `classes`: log C; `first`: the mean of the first steps' losses.
     """
 
@@ -29,6 +29,7 @@ class Rule:
     gain: float = 0.2
     gate: str = "none"
     p: float = 2.0
+    power: float = 1.0  # of the exponent of `horizon`
     l0: str = "classes"
     beta: float = 0.95
     start: float = 0.0
@@ -88,7 +89,7 @@ class Radius:
             return 0.0
         learnt = min(1.0, max(0.0, 1 - self.ema / self.l0))
         per = {"share": 1.0, "repeat": max(epoch, 1e-9), "horizon": epochs}[self.rule.gate]
-        return learnt ** (self.rule.p / per)
+        return learnt ** ((self.rule.p / per) ** self.rule.power)
 
     def radius(self, target: float, norm: float) -> float:
         rule = self.rule
