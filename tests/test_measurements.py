@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 
@@ -11,6 +12,7 @@ import benchmark_step
 import erm_comparison
 import erm_settings
 import frontier
+import language_model
 import on_gpu
 import plan
 import pytest
@@ -20,11 +22,14 @@ import variants
 from images import parquet_folder
 from processes import FORKS
 from scripts import RECIPES, error_of, main_of
-from transformers import Trainer, TrainerCallback
+from texts import csv_folder, save_encoder
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.flatness import LossSurface
 from amp_hf.images.arguments import parse
+from amp_hf.images.classification import ImageJob
+from amp_hf.text.classification import TextJob
 
 MEASUREMENTS = RECIPES / "measurements"
 
@@ -264,9 +269,11 @@ def test_every_command_says_how_it_augments(script):
     """The recipes have defaults of their own, which the runs do not take."""
     settings = script.SETTINGS.values()
     commands = [run["command"] for run in saved_runs(script).found["runs"]]
+    commands = [command for command in commands if "debian_sections" not in command]
     assert all("--augment " in command for command in commands)
     assert not any("strong_signs" in command for command in commands)  # mirrors, in that recipe
-    assert all("--augment " in setting.argv for setting in settings)
+    images = [setting for setting in settings if setting.job is ImageJob]
+    assert all("--augment " in setting.argv for setting in images)
 
 
 def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monkeypatch, capsys):
@@ -305,6 +312,31 @@ def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monk
     gains = [b - a for a, b in zip(erm, budget)]
     assert f"<br>{sum(gains) / 2:+.3f} ± ".replace("-", "−") in out
     assert (tmp_path / "erm_comparison_grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("key", ["texts minilm", "texts lora", "texts language model"])
+def test_the_comparison_trains_on_texts(tmp_path, monkeypatch, key):
+    csv_folder(tmp_path / "debian_sections")
+    save_encoder(tmp_path / "all-MiniLM-L6-v2")
+    setting = erm_comparison.SETTINGS[key]
+    setting = dataclasses.replace(setting, epochs=2, argv=f"{setting.argv} --label_column module")
+    monkeypatch.setitem(erm_comparison.SETTINGS, key, setting)
+    words = ["--data", tmp_path, "--output", tmp_path / "out.json", "--tables", "defaults"]
+    words += ["--settings", key, "--rows", "ERM", "--seeds", 0]
+    main_of(erm_comparison, monkeypatch, *words)
+    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert run["nll"] < math.log(3 if setting.job is TextJob else 259)  # a guess's
+    assert str(tmp_path) not in run["command"]
+
+
+def test_every_byte_but_the_first_is_predicted_from_those_before_it():
+    texts = EvalPrediction(
+        torch.arange(2 * 4 * 3).reshape(2, 4, 3).numpy(),
+        torch.tensor([[7, 1, 2, 0], [7, 2, -100, -100]]).numpy(),
+    )
+    found = language_model.predicted_tokens(texts)
+    assert found.label_ids.tolist() == [1, 2, 0, 2]
+    assert found.predictions[:, 0].tolist() == [0, 3, 6, 12]
 
 
 def test_the_tables_of_the_comparison_are_those_of_its_results():

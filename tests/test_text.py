@@ -1,10 +1,7 @@
 """recipes/train_text.py on real texts, what Python says of its own functions, with a tiny BERT."""
 
-import builtins
-import inspect
 import json
 import math
-import os
 import re
 import shutil
 
@@ -14,16 +11,13 @@ import torch
 from huggingface_hub import ModelCard
 from scripts import RECIPES, run_here
 from support import differing
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from texts import MODULES, csv_folder, save_encoder, texts
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
     DistilBertConfig,
     DistilBertModel,
-    PreTrainedTokenizerFast,
     pipeline,
     set_seed,
 )
@@ -32,48 +26,17 @@ from amp_hf import AMPConfig
 from amp_hf.text.arguments import TextArguments, parse
 from amp_hf.text.classification import TextJob, main
 
-MODULES = {"builtins": builtins, "math": math, "os": os}
 QUICK = ["--num_train_epochs=2", "--use_cpu", "--report_to=none", "--learning_rate=1e-3"]
-
-
-def texts():
-    """The first line of each function's description, and the module that it is of."""
-    rows = []
-    for name, module in MODULES.items():
-        for function in vars(module).values():
-            lines = (inspect.getdoc(function) or "").splitlines() if callable(function) else []
-            rows += [{"what": line, "module": name} for line in lines[:1] if line]
-    return datasets.Dataset.from_list(rows).shuffle(seed=0)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of CSV files, as people have them."""
-    folder = tmp_path_factory.mktemp("functions")
-    rows = texts()
-    rows.select(range(120)).to_csv(folder / "train.csv")
-    rows.select(range(120, 160)).to_csv(folder / "test.csv")
-    datasets.load_dataset(str(folder))  # shows progress the first time
-    return str(folder)
+    return csv_folder(tmp_path_factory.mktemp("functions"))
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """The folder of an encoder with random weights, and a tokenizer that knows these words."""
-    folder = str(tmp_path_factory.mktemp("encoder"))
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words.train_from_iterator(
-        texts()["what"][:], trainers.WordLevelTrainer(vocab_size=500, special_tokens=special)
-    )
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    named = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
-    set_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    BertModel(BertConfig(vocab_size=500, **sizes)).save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def arguments(data, encoder, folder, *more):

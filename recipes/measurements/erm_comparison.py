@@ -4,13 +4,13 @@
     python recipes/measurements/erm_comparison.py --tables results --data path/to/copies
 
 Runs all that erm_comparison.json does not hold yet, which takes hours, and tests the model of the
-last epoch. `--data` is a folder of local copies, in its folders cifar10 and gtsrb. Several
-processes may write to the same file, each with its own `--seeds`, `--tables`, `--settings` or
-`--rows`. The tables:
+last epoch. `--data` is a folder of local copies, in its folders cifar10, gtsrb, debian_sections and
+all-MiniLM-L6-v2. Several processes may write to the same file, each with its own `--seeds`,
+`--tables`, `--settings` or `--rows`. The tables:
 
     choice      choose ε for AMP at every step, on a fifth of the training set, held out
     results     compare on the official test sets
-    defaults    one setting on every schedule, long and short
+    defaults    one setting for every network and every schedule, long and short
     others      what else a user might take, and AMP() together with it
     grid        how ε, ζ and N behave, on held-out images
 """
@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 from erm_settings import (
     COMPARED,
     DEFAULTS,
+    FURTHER,
     HELD_OUT,
     HELD_OUT_ERM,
     ONCE,
@@ -58,6 +59,7 @@ STYLES = {
     SMALLER_RATE: dict(color="#009E73", marker="^", linestyle="none"),
 }
 
+EVERYWHERE = [*SCHEDULES, "gtsrb resnet18", *FURTHER]
 BESIDE = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
 
 # Of each table: its seeds, its settings and rows.
@@ -65,7 +67,7 @@ THREE = [10, 11, 12]
 TABLES = {
     "choice": ([0], [(key, held_out(epsilon)) for key in TRIED for epsilon in TRIED[key]]),
     "results": (THREE, [(key, name) for name in RESULTS for key in COMPARED]),
-    "defaults": (THREE, [(key, name) for name in ("ERM", *DEFAULTS) for key in SCHEDULES]),
+    "defaults": (THREE, [(key, name) for name in ("ERM", *DEFAULTS) for key in EVERYWHERE]),
     "others": (THREE, [(key, name) for name in OTHERS for key in BESIDE]),
     "grid": ([0], [(key, name) for name in GRID_ROWS for key in GRID]),
 }
@@ -105,9 +107,10 @@ def choice_table(runs: Runs) -> str:
 def defaults_table(runs: Runs) -> str:
     """ERM, and the others' differences to ERM with the same seed: accuracy in points, NLL, ECE."""
     lines = [f"| | ERM | {' | '.join(DEFAULTS)} |", "|---" * (2 + len(DEFAULTS)) + "|"]
-    for key in SCHEDULES:
-        cells = (_defaults_cell(runs, key, name) for name in ("ERM", *DEFAULTS))
-        lines.append(line([_title(key), *cells]))
+    for key in EVERYWHERE:
+        if runs.values(key, "ERM", "nll"):
+            cells = (_defaults_cell(runs, key, name) for name in ("ERM", *DEFAULTS))
+            lines.append(line([_title(key), *cells]))
     return "\n".join(lines)
 
 
@@ -138,7 +141,7 @@ def _defaults_cell(runs: Runs, key: str, name: str) -> str:
 
 
 def _title(key: str) -> str:
-    return f"{SETTINGS[key].network}: {SETTINGS[key].title}"
+    return f"{SETTINGS[key].network.rpartition('/')[2]}: {SETTINGS[key].title}"
 
 
 def draw_grid(runs: Runs, path: Path) -> None:

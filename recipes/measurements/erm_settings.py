@@ -1,7 +1,10 @@
 """The settings and rows of erm_comparison.py."""
 
-from plan import CIFAR10, DIGITS, GTSRB, Row, Setting
+from language_model import LanguageModelJob
+from plan import CIFAR10, DIGITS, GTSRB, SECTIONS, Row, Setting
 from variants import ASAM, Averaged, MixedUp
+
+from amp_hf.text.classification import TextJob
 
 VIT = (
     '--model_args {"patch_size":8} --optim adamw_torch_fused --learning_rate 0.001 '
@@ -10,6 +13,8 @@ VIT = (
 PLAIN, OBJECTS, SIGNS = (f"--augment {name}" for name in ("none", "objects", "signs"))
 FEW, MANY = "--max_train_samples 2000", "--max_train_samples 10000"
 SMALL_BATCH = "--per_device_train_batch_size 32"
+LITE = "tf_efficientnet_lite0"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 # Compared with ERM only.
 LARGER = {
@@ -29,7 +34,7 @@ LARGER = {
         "GTSRB, 2,000 images, 40 epochs", GTSRB, "resnet18", f"{FEW} {PLAIN}", 40, epsilon=0.1
     ),
 }
-# The schedules, long and short, that one setting should suit.
+# The schedules, long and short, that one setting should suit, as all of FURTHER.
 SCHEDULES = {
     "gtsrb test_resnet": Setting(
         "GTSRB, 2,000 images, 60 epochs", GTSRB, "test_resnet", f"{FEW} {PLAIN}", 60, epsilon=0.4
@@ -101,7 +106,66 @@ FINE_TUNED = {
         base="gtsrb test_resnet short",
     ),
 }
-SETTINGS = LARGER | SCHEDULES | FINE_TUNED
+# Other networks, some of them pretrained, which are too large to measure their Hessian here.
+FURTHER = {
+    "cifar10 preactresnet18": Setting(
+        "CIFAR-10, 1,000 images, a quarter of the width, 40 epochs",
+        CIFAR10,
+        "preactresnet18",
+        '--model_args {"channels":[16,32,64,128],"stem_chs":16} --max_train_samples 1000 '
+        f"{PLAIN}",
+        40,
+        curvature=False,
+    ),
+    "gtsrb efficientnet": Setting(
+        "GTSRB, 500 images at 64 px, pretrained, 20 epochs",
+        GTSRB,
+        LITE,
+        f"--image_size 64 --max_train_samples 500 --max_eval_samples 4000 {PLAIN}",
+        20,
+        pretrained=True,
+        curvature=False,
+    ),
+    "cifar10 efficientnet": Setting(
+        "CIFAR-10, 500 images at 64 px, pretrained, 20 epochs",
+        CIFAR10,
+        LITE,
+        f"--image_size 64 --max_train_samples 500 --max_eval_samples 4000 {OBJECTS}",
+        20,
+        pretrained=True,
+        curvature=False,
+    ),
+    "texts minilm": Setting(
+        "Debian sections, 500 texts, pretrained, 12 epochs",
+        SECTIONS,
+        MINILM,
+        "--max_train_samples 500 --max_eval_samples 1000",
+        12,
+        pretrained=True,
+        job=TextJob,
+        curvature=False,
+    ),
+    "texts lora": Setting(
+        "Debian sections, 500 texts, LoRA of rank 8, 12 epochs",
+        SECTIONS,
+        MINILM,
+        "--max_train_samples 500 --max_eval_samples 1000 --lora 8 --learning_rate 0.001",
+        12,
+        pretrained=True,
+        job=TextJob,
+        curvature=False,
+    ),
+    "texts language model": Setting(
+        "bytes of 500 Debian descriptions, 60 epochs",
+        SECTIONS,
+        "gpt2",
+        "--max_train_samples 500 --max_eval_samples 500 --learning_rate 0.003",
+        60,
+        job=LanguageModelJob,
+        curvature=False,
+    ),
+}
+SETTINGS = LARGER | SCHEDULES | FINE_TUNED | FURTHER
 
 RESULTS = {
     "ERM": Row(epsilon=0, curvature=True),

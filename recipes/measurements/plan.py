@@ -5,9 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from amp_hf import AMPTrainer
+from amp_hf.images.classification import ImageJob
+from amp_hf.job.job import Job
 
 CIFAR10, GTSRB = "uoft-cs/cifar10", "tanganke/gtsrb"
 DIGITS = "digits"  # those of train_digits.py
+SECTIONS = "debian_sections"  # descriptions of Debian packages; not on the Hub
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,14 @@ class Setting:
 
     Args:
         title: the data and the schedule, as tables name them.
-        dataset: `CIFAR10`, `GTSRB` or `DIGITS`.
-        network: a timm model, which begins from scratch.
+        dataset: `CIFAR10`, `GTSRB`, `DIGITS` or `SECTIONS`.
+        network: a model as its recipe takes it.
         argv: further arguments of the recipe.
         epsilon: the radius for rows with `chosen_epsilon`.
         base: the setting whose ERM model the training begins with, instead of from scratch.
+        pretrained: begin with the network's own weights instead of from scratch.
+        job: the recipe's.
+        curvature: the network is small enough to measure the Hessian, for rows that ask for it.
     """
 
     title: str
@@ -30,11 +36,9 @@ class Setting:
     epochs: int
     epsilon: float | None = None
     base: str | None = None
-
-    @property
-    def folder(self) -> str:
-        """The folder of a local copy."""
-        return self.dataset.rpartition("/")[2]
+    pretrained: bool = False
+    job: type[Job] = ImageJob
+    curvature: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,21 @@ class RunArguments:
 
     def check_data(self, settings: Iterable[Setting]) -> None:
         for setting in settings if self.data else ():
-            if setting.dataset != DIGITS and not os.path.isdir(self.source(setting)):
+            name = setting.dataset
+            if name != DIGITS and self.source(name) == name:
                 raise ValueError(
-                    f"--data {self.data} has no folder {setting.folder!r}. Pass --data a folder of "
+                    f"--data {self.data} has no folder {_folder(name)!r}. Pass --data a folder of "
                     "local copies, or leave it out to take the data sets from the Hub."
                 )
 
-    def source(self, setting: Setting) -> str:
-        """The data set's Hub id, or the folder of its local copy."""
-        return os.path.join(self.data, setting.folder) if self.data else setting.dataset
+    def source(self, name: str) -> str:
+        """Where the data set or the model is: in the folder of its local copy, or on the Hub."""
+        local = os.path.join(self.data, _folder(name)) if self.data else ""
+        return local if os.path.isdir(local) else name
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def check_names(option: str, chosen: Iterable[str], known: Iterable[str]) -> None:

@@ -16,20 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from plan import DIGITS, GTSRB, Row, RunArguments, Setting, check_names
+from language_model import LanguageModelJob, predicted_tokens
+from plan import DIGITS, GTSRB, SECTIONS, Row, RunArguments, Setting, check_names
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
 from amp_hf import AMPTrainer
 from amp_hf.flatness import LossSurface
-from amp_hf.images.arguments import parse
+from amp_hf.images import arguments as image_arguments
 from amp_hf.images.classification import ImageJob
-from amp_hf.metrics import temperature_scaled
+from amp_hf.job.job import Job
+from amp_hf.metrics import compute_metrics, temperature_scaled
+from amp_hf.text import arguments as text_arguments
 
 RECIPES = Path(__file__).parents[1]
 CACHE = os.path.join(tempfile.gettempdir(), "amp_hf_runs")
 UNUSED = os.path.join(CACHE, "unused")
 CURVATURE_SAMPLES = 250
+RECIPE_OF = {GTSRB: "train_gtsrb.py", SECTIONS: "train_text.py"}  # the others: train_cifar10.py
 
 Cells = Iterable[tuple[str, str]]  # settings and rows
 
@@ -106,6 +110,8 @@ class Runs:
         model = f"--from_scratch --model {setting.network}"
         if setting.base is not None:
             model = f"--model {self._base(setting.base)}"
+        elif setting.pretrained:
+            model = f"--model {setting.network}"
         epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
         own = row.arguments(setting)
         return f"{model} {setting.argv} {epochs} --seed {seed} {own} --save_strategy no".split()
@@ -115,40 +121,45 @@ class Runs:
         rows = self.options.rows or self.rows
         return [(key, name) for key, name in cells if key in settings and name in rows]
 
-    def _job(self, key: str, name: str, seed: int, *more: str) -> ImageJob:
+    def _job(self, key: str, name: str, seed: int, *more: str) -> Job:
         """Not trained yet."""
         setting, row = self.settings[key], self.rows[name]
         if setting.dataset == DIGITS:
             dataset = _made_once(DIGITS, _save_digits)
         else:
-            dataset = self.options.source(setting)
+            dataset = self.options.source(setting.dataset)
         quiet = ["--logging_strategy", "no", "--disable_tqdm", "true", "--output_dir", UNUSED]
         argv = [*self.arguments(key, name, seed), "--dataset", dataset, *quiet, *more]
-        job = ImageJob(*parse({}, {}, None, argv), row.trainer)
+        if setting.pretrained:
+            argv += ["--model", self.options.source(setting.network)]
+        kind = image_arguments if setting.job is ImageJob else text_arguments
+        job = setting.job(*kind.parse({}, {}, None, argv), row.trainer)
         job.trainer.remove_callback(PrinterCallback)
         return job
 
     def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
-        job, row = self._job(key, name, seed), self.rows[name]
+        setting, row = self.settings[key], self.rows[name]
+        job = self._job(key, name, seed)
         trainer = job.trainer
         test = trainer.eval_dataset if row.held_out else job.tests["test"]
         seconds = trainer.train().metrics["train_runtime"]
+        trainer.compute_metrics = None
         predicted = trainer.predict(test)
-        metrics = predicted.metrics
+        if setting.job is LanguageModelJob:
+            predicted = predicted_tokens(predicted)
+        metrics = compute_metrics(predicted)
         scaled = temperature_scaled(predicted.predictions, predicted.label_ids)
         result = {
             "setting": key,
             "row": name,
             "seed": seed,
-            "accuracy": metrics["test_accuracy"],
-            "nll": metrics["test_nll"],
-            "ece": metrics["test_ece"],
+            **metrics,
             "scaled_nll": scaled["nll"],
             "scaled_ece": scaled["ece"],
             "seconds": seconds,
             "command": self._command(key, name, seed),
         }
-        if row.curvature:
+        if row.curvature and setting.curvature:
             images = job.unaugmented(trainer.train_dataset, trainer.model)
             surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)
             result["eigenvalue"] = surface.top_eigenvalue().value
@@ -167,14 +178,17 @@ class Runs:
     def _command(self, key: str, name: str, seed: int) -> str:
         """As a user types it who takes the data sets from the Hub.
 
-        A row that no recipe can run begins with its trainer's name instead.
+        What no recipe can run begins with its trainer's or its job's name instead.
         """
-        dataset, trainer = self.settings[key].dataset, self.rows[name].trainer
-        recipe = "train_gtsrb.py" if dataset == GTSRB else "train_cifar10.py"
-        script = f"recipes/{recipe}" if trainer is AMPTrainer else trainer.__name__
+        setting, trainer = self.settings[key], self.rows[name].trainer
+        script = f"recipes/{RECIPE_OF.get(setting.dataset, 'train_cifar10.py')}"
+        if trainer is not AMPTrainer:
+            script = trainer.__name__
+        elif setting.job is LanguageModelJob:
+            script = LanguageModelJob.__name__
         words = [script, *self.arguments(key, name, seed)]
-        if dataset == DIGITS:
-            words += ["--dataset", DIGITS]
+        if setting.dataset in (DIGITS, SECTIONS):
+            words += ["--dataset", setting.dataset]
         return shlex.join(word.removeprefix(f"{CACHE}/") for word in words)
 
     def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
