@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class CardDetails:
         flatness: by model, "AMP" and "ERM", on the training set.
         temperature_scaled: by model, results once a temperature has been fitted.
         pictures: file names in the output folder, by caption.
+        how_to_load: makes Python that loads the model, where transformers alone cannot, from the
+            literal of the folder or repository that holds it.
     """
 
     dataset: str | None = None
@@ -49,6 +52,7 @@ class CardDetails:
     flatness: dict[str, Flatness] = field(default_factory=dict)
     temperature_scaled: dict[str, Results] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
+    how_to_load: Callable[[str], str] | None = None
 
 
 # What the Hub takes as `license`: https://huggingface.co/docs/hub/repositories-licenses
@@ -87,10 +91,17 @@ def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
         datasets=datasets,
         results=_results(record, details),
         classes=_classes(record.task),
+        loading=_loading(record, details),
         versions=_versions(),
     )
     card.text = f"\n{text}\n"
     card.save(path)
+
+
+def _loading(record: TrainingRecord, details: CardDetails) -> Markup | None:
+    if details.how_to_load is None:
+        return None
+    return Markup(details.how_to_load(markdown.literal(record.source)))
 
 
 def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:

@@ -93,10 +93,13 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
     found = main({}, {}, None, argv)
     saved = {path.name for path in tmp_path.iterdir()}
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+    card = (tmp_path / "README.md").read_text()
     printed = capsys.readouterr().out.partition("It loads without amp_hf:")[2]
     code = "\n".join(line.strip() for line in printed.splitlines() if line.startswith("    "))
     names = {}
     exec(code.replace("\n)", ")"), names)
+    shown = re.search(r"It loads without amp_hf:\n\n```python\n(.+?)\n```", card, re.DOTALL)
+    assert [line.strip() for line in shown[1].splitlines()] == code.strip().splitlines()
     rows = datasets.load_dataset(data)["test"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     with torch.no_grad():

@@ -161,7 +161,8 @@ def choose_rows(
         train, validation = parts["train"], parts["test"]
     tests = {name: numbered[name] for name in ["test", *arguments.eval_splits] if name in numbered}
     if "test" in tests and set(tests["test"][label_column]) <= {-1, None}:
-        print("The test split has no labels: there will be no test results.")
+        if args.process_index == 0:
+            print("The test split has no labels: there will be no test results.")
         del tests["test"]
     few, seed = arguments.max_eval_samples, args.seed
     return Rows(

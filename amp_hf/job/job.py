@@ -66,7 +66,7 @@ class Job(ABC):
                 "--compare_erm trains twice, and DeepSpeed drives one training per process: leave "
                 "it out, and train the ERM baseline in a run of its own, with --epsilon 0."
             )
-        self.trainer.card_details = self._card_details()
+        self.trainer.card_details = self.card_details()
 
     @abstractmethod
     def input_columns(self, features: datasets.Features) -> list[str]:
@@ -143,7 +143,8 @@ class Job(ABC):
             columns = self.input_columns(next(iter(splits.values())).features)
         return choose_rows(splits, columns, label, arguments, args)
 
-    def _card_details(self) -> CardDetails:
+    def card_details(self) -> CardDetails:
+        """What the trainer's card cannot know by itself."""
         name = self.arguments.dataset
         base_model, license = self.origin()
         return CardDetails(

@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..card import CardDetails
 from ..job import main as job
 from ..job.data import NUMBER, check_labels, find_column
 from ..job.job import Job
@@ -144,6 +145,12 @@ class TextJob(Job):
         model = getattr(transformers, config.architectures[0])(config)
         safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
         return model
+
+    def card_details(self) -> CardDetails:
+        details = super().card_details()
+        if self.arguments.lora:
+            details.how_to_load = self.how_to_load
+        return details
 
     def how_to_load(self, folder: str) -> str:
         if not self.arguments.lora:
