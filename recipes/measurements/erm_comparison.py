@@ -116,13 +116,14 @@ def defaults_table(runs: Runs) -> str:
 
 def others_table(runs: Runs) -> str:
     """Mean ± standard deviation over seeds."""
-    lines = ["| | accuracy, % | NLL | ECE | n |", "|---|---|---|---|---|"]
+    lines = []
     for key in BESIDE:
         if any(runs.values(key, name, "nll") for name in OTHERS):
             lines += [f"| **{_title(key)}** | | | | |"]
             rows = ("ERM", "AMP()", *OTHERS)
             lines += lines_of(runs, key, rows, ("accuracy", "nll", "ece"), timed=False)
-    return "\n".join(lines)
+    head = ["| | accuracy, % | NLL | ECE | n |", "|---|---|---|---|---|"]
+    return "\n".join(head + lines if lines else ())
 
 
 def _defaults_cell(runs: Runs, key: str, name: str) -> str:

@@ -71,41 +71,60 @@ class PreviousGradient(FreeAscent):
         return loss
 
 
-class LookSAM(AMPTrainer):
+class TwoPasses(AMPTrainer):
+    """A pass at θ, which shows where to go, and one there."""
+
+    def displaced(self, gradient: list[Tensor]) -> Perturbation:
+        """The parameters at θ + Δ, by the gradient at θ."""
+        raise NotImplementedError
+
+    def one_pass(self, model, inputs, num_items_in_batch) -> tuple[Tensor, list[Tensor]]:
+        loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
+        return loss, [param.grad for param in model.parameters()]
+
+    def two_passes(
+        self, model, inputs, num_items_in_batch
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The loss at θ, the gradient there, and the gradient at θ + Δ."""
+        with preserved_rng(self.args.device):
+            loss, plain = self.one_pass(model, inputs, num_items_in_batch)
+        model.zero_grad()
+        perturbation = self.displaced(plain)
+        try:
+            with preserved_buffers(norm_buffers(model)):
+                _, perturbed = self.one_pass(model, inputs, num_items_in_batch)
+        finally:
+            perturbation.restore()
+        return loss, plain, perturbed
+
+
+class LookSAM(TwoPasses):
     """Every k-th step computes the part of SAM's gradient that is orthogonal to the plain gradient;
     the steps between add it to theirs (Liu et al., CVPR 2022, arXiv 2203.02714)."""
 
     k = 5
     alpha = 0.7
 
+    def displaced(self, gradient: list[Tensor]) -> Perturbation:
+        perturbation = Perturbation(
+            list(self.model.parameters()), self.amp_config.epsilon, "global"
+        )
+        perturbation.ascend(JointTensors.copy_of(gradient), ONTO_THE_BALL)
+        return perturbation
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        params = list(self.model.parameters())
-
-        def step() -> tuple[Tensor, list[Tensor]]:
-            loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
-            return loss, [param.grad for param in params]
-
         if self.state.global_step % self.k:
-            loss, gradient = step()
+            loss, gradient = self.one_pass(model, inputs, num_items_in_batch)
             scale = self.alpha * _norm(gradient) / _norm(self.orthogonal)
             torch._foreach_add_(gradient, torch._foreach_mul(self.orthogonal, scale))
             return loss
-        with preserved_rng(self.args.device):
-            loss, plain = step()
-        model.zero_grad()
-        perturbation = Perturbation(params, self.amp_config.epsilon, "global")
-        perturbation.ascend(JointTensors.copy_of(plain), ONTO_THE_BALL)
-        try:
-            with preserved_buffers(norm_buffers(model)):
-                gradient = step()[1]
-        finally:
-            perturbation.restore()
-        along = sum((a * b).sum() for a, b in zip(gradient, plain)) / _norm(plain) ** 2
-        self.orthogonal = torch._foreach_sub(gradient, torch._foreach_mul(plain, along))
+        loss, plain, perturbed = self.two_passes(model, inputs, num_items_in_batch)
+        along = sum((a * b).sum() for a, b in zip(perturbed, plain)) / _norm(plain) ** 2
+        self.orthogonal = torch._foreach_sub(perturbed, torch._foreach_mul(plain, along))
         return loss
 
 
-class ASAM(AMPTrainer):
+class ASAM(TwoPasses):
     """SAM in the units of each weight (Kwon et al., ICML 2021, arXiv 2102.11600); ρ is `epsilon`.
 
     As in the authors' code, Δ = ρ T²g / ‖Tg‖, where T is |θ| + η for weights and 1 for biases.
@@ -113,28 +132,23 @@ class ASAM(AMPTrainer):
 
     eta = 0.01
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        with preserved_rng(self.args.device):
-            loss = Trainer.training_step(self, model, inputs, num_items_in_batch)
-        named = dict(model.named_parameters())
-        ascent = JointTensors.copy_of([param.grad for param in named.values()])
-        model.zero_grad()
-        with torch.no_grad():
-            units = [
-                param.abs() + self.eta if "weight" in name else torch.ones_like(param)
-                for name, param in named.items()
-            ]
-            torch._foreach_mul_(ascent.tensors, units)
-            length = _norm(ascent.tensors)
-            torch._foreach_mul_(ascent.tensors, units)
+    @torch.no_grad()
+    def displaced(self, gradient: list[Tensor]) -> Perturbation:
+        named = dict(self.model.named_parameters())
+        units = [
+            param.abs() + self.eta if "weight" in name else torch.ones_like(param)
+            for name, param in named.items()
+        ]
+        ascent = JointTensors.copy_of(gradient)
+        torch._foreach_mul_(ascent.tensors, units)
+        length = _norm(ascent.tensors)
+        torch._foreach_mul_(ascent.tensors, units)
         perturbation = Perturbation(list(named.values()), math.inf, "global")
         perturbation.ascend(ascent, self.amp_config.epsilon / length)
-        try:
-            with preserved_buffers(norm_buffers(model)):
-                Trainer.training_step(self, model, inputs, num_items_in_batch)
-        finally:
-            perturbation.restore()
-        return loss
+        return perturbation
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return self.two_passes(model, inputs, num_items_in_batch)[0]
 
 
 class MixedUp(AMPTrainer):
