@@ -40,8 +40,8 @@ class CardDetails:
         flatness: by model, "AMP" and "ERM", on the training set.
         temperature_scaled: by model, results once a temperature has been fitted.
         pictures: file names in the output folder, by caption.
-        how_to_load: makes Python that loads the model, where transformers alone cannot, from the
-            literal of the folder or repository that holds it.
+        how_to_load: Python that loads the model, where transformers alone cannot, given the first
+            arguments of `from_pretrained` as Python writes them.
     """
 
     dataset: str | None = None
@@ -101,7 +101,10 @@ def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
 def _loading(record: TrainingRecord, details: CardDetails) -> Markup | None:
     if details.how_to_load is None:
         return None
-    return Markup(details.how_to_load(markdown.literal(record.source)))
+    source = markdown.literal(record.source)
+    if record.revision:
+        source += Markup(", revision=") + markdown.literal(record.revision)
+    return Markup(details.how_to_load(source))
 
 
 def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:

@@ -56,6 +56,15 @@ class AMPTrainerMixin(_Parent):
 
     model: Any  # the Trainer's own
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(AMPTrainerMixin):
+            raise TypeError(
+                f"{cls.__name__} names AMPTrainerMixin behind its Trainer, where it does nothing: "
+                f"write class {cls.__name__}(AMPTrainerMixin, ...)."
+            )
+
     def __init__(self, *args: Any, amp_config: AMPConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(self, Trainer):
             raise ValueError(

@@ -3,13 +3,14 @@
     python recipes/search_epsilon.py --model resnet18 --from_scratch --trials 12
     python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
 
-Further arguments are those of train_cifar10.py. The stock Trainer (ε = 0) and then every trial
-train on the same images from the same initial weights; the test set is not used. Prints the command
-that trains with the best ε.
+Further arguments are those of train_cifar10.py. The stock Trainer (ε = 0), `AMPConfig()`, whose ε
+sets itself, and then every trial train on the same images from the same initial weights; the test
+set is not used. Prints the command that trains with the best of them.
 """
 
 import copy
 import dataclasses
+import math
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -68,15 +69,16 @@ def main() -> None:
     def objective(metrics: dict[str, float]) -> float:
         if trainer.is_world_process_zero():
             print(
-                f"epsilon {trainer.amp_config.epsilon:.4g}: held-out accuracy "
+                f"{_named(trainer.amp_config.epsilon)}: held-out accuracy "
                 f"{metrics['eval_accuracy']:.4f}, NLL {metrics['eval_nll']:.4f}"
             )
         return metrics["eval_nll"]
 
-    trainer.amp_config = dataclasses.replace(amp_config, epsilon=0)
-    trainer.train()
-    unperturbed = objective(trainer.evaluate())
-    trainer.amp_config = amp_config
+    nll_of: dict[float | None, float] = {}
+    for epsilon in (0, None):
+        trainer.amp_config = dataclasses.replace(amp_config, epsilon=epsilon)
+        trainer.train()
+        nll_of[epsilon] = objective(trainer.evaluate())
     try:
         best = trainer.hyperparameter_search(
             space,
@@ -89,12 +91,19 @@ def main() -> None:
     except ValueError as error:  # Optuna's, where every trial diverged
         sys.exit(f"search_epsilon.py: error: {error}")
     if best is not None:  # the main process
-        found, nll = best.hyperparameters["epsilon"], best.objective
-        if unperturbed <= nll:
-            print(f"\nNo epsilon was better than none: {found:.4g} was the best of those tried.")
-            found, nll = 0, unperturbed
-        command = ["python", "recipes/train_cifar10.py", *rest, "--epsilon", f"{found:.4g}"]
-        print(f"\nBest: epsilon {found:.4g} (held-out NLL {nll:.4f})\n\n    {shlex.join(command)}")
+        nll_of[best.hyperparameters["epsilon"]] = best.objective
+        found, nll = min(
+            ((epsilon, nll) for epsilon, nll in nll_of.items() if math.isfinite(nll)),
+            key=lambda pair: pair[1],
+        )
+        command = ["python", "recipes/train_cifar10.py", *rest]
+        if found is not None:
+            command += ["--epsilon", f"{found:.4g}"]
+        print(f"\nBest: {_named(found)} (held-out NLL {nll:.4f})\n\n    {shlex.join(command)}")
+
+
+def _named(epsilon: float | None) -> str:
+    return "epsilon that sets itself" if epsilon is None else f"epsilon {epsilon:.4g}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ERM and AMP side by side on real handwritten digits: no download, a minute or two on a CPU.
+"""ERM and AMP side by side on real handwritten digits: no download, a few minutes on a CPU.
 
     python recipes/train_digits.py
     python recipes/train_digits.py --seeds 10 --epsilon 0.2

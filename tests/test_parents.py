@@ -62,6 +62,13 @@ def test_what_is_no_transformers_trainer_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(it.value)
 
 
+def test_a_mixin_behind_its_trainer_is_refused_where_the_class_is_written():
+    with pytest.raises(TypeError, match=r"write class Mine\(AMPTrainerMixin, \.\.\.\)") as it:
+        type("Mine", (CountingTrainer, AMPTrainerMixin), {})
+    assert "\n" not in str(it.value)
+    type("Derived", (AMPCountingTrainer,), {})
+
+
 def test_trainers_whose_passes_generate_their_batches_are_refused():
     generating = type("GRPOTrainer", (Trainer,), {"__module__": "trl.trainer.grpo_trainer"})
     with pytest.raises(ValueError, match=r"does not support GRPOTrainer: .*epsilon=0") as it:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import textwrap
 
 import datasets
 import pytest
@@ -95,17 +96,18 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
     card = (tmp_path / "README.md").read_text()
     printed = capsys.readouterr().out.partition("It loads without amp_hf:")[2]
-    code = "\n".join(line.strip() for line in printed.splitlines() if line.startswith("    "))
+    code = textwrap.dedent(printed).strip()
     names = {}
-    exec(code.replace("\n)", ")"), names)
+    exec(code, names)
     shown = re.search(r"It loads without amp_hf:\n\n```python\n(.+?)\n```", card, re.DOTALL)
-    assert [line.strip() for line in shown[1].splitlines()] == code.strip().splitlines()
+    assert shown[1] == code
     rows = datasets.load_dataset(data)["test"]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     with torch.no_grad():
-        encoded = tokenizer(rows["what"][:], padding=True, return_tensors="pt")
+        encoded = names["tokenizer"](rows["what"][:], padding=True, return_tensors="pt")
         logits = names["model"].eval()(**encoded).logits
     assert nll(logits, sorted(MODULES), rows) == pytest.approx(found["test_nll"], abs=1e-5)
+    predicted = [sorted(MODULES)[i] for i in logits[:4].argmax(1)]
+    assert [each["label"] for each in names["classify"](rows["what"][:4])] == predicted
     # What --flatness measures: the loss along the adapters and the head.
     job = TextJob(*parse({}, {}, None, argv))
     trained, loaded = (

@@ -52,7 +52,7 @@ def main(
     except HubError as error:
         _exit(error, 1)
     if not _all_finite(results):
-        print("The training diverged: lower --learning_rate or --epsilon.", file=sys.stderr)
+        print("The training diverged: lower --learning_rate, --rise or --epsilon.", file=sys.stderr)
         sys.exit(1)
     return results
 

@@ -157,8 +157,13 @@ class TextJob(Job):
             return super().how_to_load(folder)
         return (
             "from peft import AutoPeftModelForSequenceClassification\n"
+            "from transformers import AutoTokenizer, pipeline\n"
+            f"names = {self.rows.label_names}\n"
             "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
-            f"    {folder}, num_labels={len(self.rows.label_names)}\n)"
+            f"    {folder}, id2label=dict(enumerate(names))\n"
+            ")\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({folder})\n"
+            'classify = pipeline("text-classification", model=model, tokenizer=tokenizer)'
         )
 
 

@@ -34,7 +34,7 @@ LARGER = {
         "GTSRB, 2,000 images, 40 epochs", GTSRB, "resnet18", f"{FEW} {PLAIN}", 40, epsilon=0.1
     ),
 }
-# The schedules, long and short, that one setting should suit, as all of FURTHER.
+# The schedules, long and short, that one setting should suit. It should suit FURTHER as well.
 SCHEDULES = {
     "gtsrb test_resnet": Setting(
         "GTSRB, 2,000 images, 60 epochs", GTSRB, "test_resnet", f"{FEW} {PLAIN}", 60, epsilon=0.4
@@ -106,7 +106,7 @@ FINE_TUNED = {
         base="gtsrb test_resnet short",
     ),
 }
-# Other networks, some of them pretrained, which are too large to measure their Hessian here.
+# Other networks, some of them pretrained, and texts. Their Hessian is not measured.
 FURTHER = {
     "cifar10 preactresnet18": Setting(
         "CIFAR-10, 1,000 images, a quarter of the width, 40 epochs",
@@ -121,7 +121,7 @@ FURTHER = {
         "GTSRB, 500 images at 64 px, pretrained, 20 epochs",
         GTSRB,
         LITE,
-        f"--image_size 64 --max_train_samples 500 --max_eval_samples 4000 {PLAIN}",
+        f"--image_size 64 {SMALL_BATCH} --max_train_samples 500 --max_eval_samples 4000 {PLAIN}",
         20,
         pretrained=True,
         curvature=False,
@@ -130,7 +130,7 @@ FURTHER = {
         "CIFAR-10, 500 images at 64 px, pretrained, 20 epochs",
         CIFAR10,
         LITE,
-        f"--image_size 64 --max_train_samples 500 --max_eval_samples 4000 {OBJECTS}",
+        f"--image_size 64 {SMALL_BATCH} --max_train_samples 500 --max_eval_samples 4000 {OBJECTS}",
         20,
         pretrained=True,
         curvature=False,

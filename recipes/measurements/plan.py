@@ -25,8 +25,8 @@ class Setting:
         epsilon: the radius for rows with `chosen_epsilon`.
         base: the setting whose ERM model the training begins with, instead of from scratch.
         pretrained: begin with the network's own weights instead of from scratch.
-        job: the recipe's.
-        curvature: the network is small enough to measure the Hessian, for rows that ask for it.
+        job: the class that trains it.
+        curvature: measure the Hessian, in rows that ask for it.
     """
 
     title: str
@@ -81,7 +81,7 @@ class RunArguments:
     rounds: int = field(default=9, metadata={"help": "Of the timing; 0: time nothing."})
     data: str | None = field(
         default=None,
-        metadata={"help": "A folder of local copies. Default: the data sets come from the Hub."},
+        metadata={"help": "A folder of local copies, of data sets and models. Default: the Hub."},
     )
     output: str | None = field(
         default=None,
@@ -89,13 +89,21 @@ class RunArguments:
     )
 
     def check_data(self, settings: Iterable[Setting]) -> None:
-        for setting in settings if self.data else ():
+        for setting in settings:
             name = setting.dataset
-            if name != DIGITS and self.source(name) == name:
+            if self.settings and not self.has_data(setting):
+                raise ValueError(
+                    f"--settings: {name} is not on the Hub. Pass --data a folder that holds it."
+                )
+            if self.data and name not in (DIGITS, SECTIONS) and self.source(name) == name:
                 raise ValueError(
                     f"--data {self.data} has no folder {_folder(name)!r}. Pass --data a folder of "
                     "local copies, or leave it out to take the data sets from the Hub."
                 )
+
+    def has_data(self, setting: Setting) -> bool:
+        """Whether the data set is on the Hub, or else in `data`."""
+        return setting.dataset != SECTIONS or self.source(SECTIONS) != SECTIONS
 
     def source(self, name: str) -> str:
         """Where the data set or the model is: in the folder of its local copy, or on the Hub."""

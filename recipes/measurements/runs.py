@@ -68,6 +68,10 @@ class Runs:
 
     def fill(self, cells: Cells, seeds: Iterable[int]) -> None:
         """Runs what the file does not hold yet."""
+        cells = list(cells)
+        for key in dict.fromkeys(key for key, _ in cells):
+            if not self.options.has_data(self.settings[key]):
+                print(f"{key}: left out. Its data are not on the Hub: pass --data.")
         chosen = self._chosen(cells)
         wanted = [(key, row, seed) for seed in self.options.seeds or seeds for key, row in chosen]
         for key, row, seed in tqdm(wanted, unit=" runs", disable=None):
@@ -119,7 +123,11 @@ class Runs:
     def _chosen(self, cells: Cells) -> list[tuple[str, str]]:
         settings = self.options.settings or self.settings
         rows = self.options.rows or self.rows
-        return [(key, name) for key, name in cells if key in settings and name in rows]
+        return [
+            (key, name)
+            for key, name in cells
+            if key in settings and name in rows and self.options.has_data(self.settings[key])
+        ]
 
     def _job(self, key: str, name: str, seed: int, *more: str) -> Job:
         """Not trained yet."""
@@ -143,7 +151,7 @@ class Runs:
         trainer = job.trainer
         test = trainer.eval_dataset if row.held_out else job.tests["test"]
         seconds = trainer.train().metrics["train_runtime"]
-        trainer.compute_metrics = None
+        trainer.compute_metrics = None  # computed below, where tokens are in one row
         predicted = trainer.predict(test)
         if setting.job is LanguageModelJob:
             predicted = predicted_tokens(predicted)
@@ -162,7 +170,9 @@ class Runs:
         if row.curvature and setting.curvature:
             images = job.unaugmented(trainer.train_dataset, trainer.model)
             surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)
-            result["eigenvalue"] = surface.top_eigenvalue().value
+            top = surface.top_eigenvalue()
+            if top.converged:
+                result["eigenvalue"] = top.value
         return result
 
     def _base(self, key: str) -> str:

@@ -44,6 +44,6 @@ def _time(runs: Runs, key: str, name: str) -> str:
 def _cells(runs: Runs, key: str, name: str, columns: Iterable[str]) -> Iterable[str]:
     for column in columns:
         factor, digits = _FORMATS[column]
-        values = runs.values(key, name, column)
-        yield mean_and_spread([factor * value for value in values], digits)
+        values = [factor * value for value in runs.values(key, name, column)]
+        yield mean_and_spread(values, digits).replace("-", "−") if values else ""
     yield str(len(runs.values(key, name, "accuracy")))

@@ -74,8 +74,8 @@ class PreviousGradient(FreeAscent):
 class TwoPasses(AMPTrainer):
     """A pass at θ, which shows where to go, and one there."""
 
-    def displaced(self, gradient: list[Tensor]) -> Perturbation:
-        """The parameters at θ + Δ, by the gradient at θ."""
+    def displace(self, gradient: list[Tensor]) -> Perturbation:
+        """Takes the parameters to θ + Δ, by the gradient at θ; returns the way back."""
         raise NotImplementedError
 
     def one_pass(self, model, inputs, num_items_in_batch) -> tuple[Tensor, list[Tensor]]:
@@ -89,7 +89,7 @@ class TwoPasses(AMPTrainer):
         with preserved_rng(self.args.device):
             loss, plain = self.one_pass(model, inputs, num_items_in_batch)
         model.zero_grad()
-        perturbation = self.displaced(plain)
+        perturbation = self.displace(plain)
         try:
             with preserved_buffers(norm_buffers(model)):
                 _, perturbed = self.one_pass(model, inputs, num_items_in_batch)
@@ -105,7 +105,7 @@ class LookSAM(TwoPasses):
     k = 5
     alpha = 0.7
 
-    def displaced(self, gradient: list[Tensor]) -> Perturbation:
+    def displace(self, gradient: list[Tensor]) -> Perturbation:
         perturbation = Perturbation(
             list(self.model.parameters()), self.amp_config.epsilon, "global"
         )
@@ -133,7 +133,7 @@ class ASAM(TwoPasses):
     eta = 0.01
 
     @torch.no_grad()
-    def displaced(self, gradient: list[Tensor]) -> Perturbation:
+    def displace(self, gradient: list[Tensor]) -> Perturbation:
         named = dict(self.model.named_parameters())
         units = [
             param.abs() + self.eta if "weight" in name else torch.ones_like(param)
