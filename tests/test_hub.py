@@ -160,6 +160,7 @@ def test_every_hub_strategy_pushes_what_it_says(tmp_path, hub, strategy):
     assert ("Training in progress, step 2" in titles) == (strategy != "end")
     in_between = hub.repos[REPO].branches["main"][1].files
     assert "## Cost" in in_between["README.md"].decode()
+    assert "amp_config.json" in in_between
     checkpoints = {path.partition("/")[0] for path in files if path.endswith("optimizer.pt")}
     assert (
         checkpoints

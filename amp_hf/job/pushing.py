@@ -15,6 +15,7 @@ from huggingface_hub import create_branch
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import HubStrategy
 
+from ..config import AMP_CONFIG_NAME
 from ..trainer import AMPTrainer
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class RecipeTrainer(AMPTrainer):
     A push that fails raises a `HubError` of one line, after the model has been saved; one that
     fails in the background is a warning. A repository that cannot be created raises a `HubError`
     before the training. The branch `hub_revision` is created where it is missing. Pushes during the
-    training carry the model card and the code that the model needs. No pickle holds the token.
+    training carry the model card, amp_config.json and the code that the model needs. No pickle
+    holds the token.
     """
 
     # The Trainer's own.
@@ -76,8 +78,10 @@ class RecipeTrainer(AMPTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        for code in Path(checkpoint_folder).glob("*.py"):  # the parent copies weights and configs
-            shutil.copy(code, str(self.args.output_dir))
+        folder = Path(checkpoint_folder)
+        # The parent copies weights and transformers' own configs.
+        for own in (folder / AMP_CONFIG_NAME, *folder.glob("*.py")):
+            shutil.copy(own, str(self.args.output_dir))
         self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
         running = self.push_in_progress.jobs[:] if self.push_in_progress else []
         super()._push_from_checkpoint(checkpoint_folder)
