@@ -346,6 +346,7 @@ def test_the_tables_of_the_comparison_are_those_of_its_results():
         erm_comparison.choice_table,
         erm_comparison.results_table,
         erm_comparison.defaults_table,
+        erm_comparison.others_table,
     ):
         assert table(found) in text
     for key in erm_comparison.COMPARED:

@@ -119,10 +119,11 @@ def others_table(runs: Runs) -> str:
     lines = []
     for key in BESIDE:
         if any(runs.values(key, name, "nll") for name in OTHERS):
-            lines += [f"| **{_title(key)}** | | | | |"]
+            lines += [f"| **{_title(key)}** | | | | | |"]
             rows = ("ERM", "AMP()", *OTHERS)
-            lines += lines_of(runs, key, rows, ("accuracy", "nll", "ece"), timed=False)
-    head = ["| | accuracy, % | NLL | ECE | n |", "|---|---|---|---|---|"]
+            columns = ("accuracy", "nll", "scaled_nll", "ece")
+            lines += lines_of(runs, key, rows, columns, timed=False)
+    head = ["| | accuracy, % | NLL | NLL, scaled | ECE | n |", "|---|---|---|---|---|---|"]
     return "\n".join(head + lines if lines else ())
 
 

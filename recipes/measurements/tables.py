@@ -6,7 +6,13 @@ from collections.abc import Iterable
 from runs import Runs
 
 # Factor, and digits after the point.
-_FORMATS = {"accuracy": (100, 2), "nll": (1, 3), "ece": (1, 3), "eigenvalue": (1, 1)}
+_FORMATS = {
+    "accuracy": (100, 2),
+    "nll": (1, 3),
+    "scaled_nll": (1, 3),
+    "ece": (1, 3),
+    "eigenvalue": (1, 1),
+}
 
 
 def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:
