@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The processes that tests start share the cores, and threads of theirs would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# To ask whether there is a GPU must not begin CUDA, which the forks of processes.py could not use.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import pytest
 import torch

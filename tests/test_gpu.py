@@ -99,14 +99,16 @@ def test_compiled_steps_equal_eager_ones_without_recompilation(tmp_path, mode):
 
 def test_channels_last_changes_nothing_but_the_rounding(tmp_path):
     model = make(plain_net).to(memory_format=torch.channels_last)
-    actual = train(model, tmp_path, always(inner_steps=2), use_cpu=False)
-    assert_close(actual, on_gpu(tmp_path), atol=1e-3)
+    # In TF32, the default, two orders of one sum differ by as much as two trainings do.
+    actual = train(model, tmp_path, always(inner_steps=2), use_cpu=False, tf32=False)
+    assert_close(actual, on_gpu(tmp_path, tf32=False), atol=1e-3)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_fsdp_with_one_rank_trains_as_one_process(tmp_path, bf16):
     case = dict(net="conv", config={"inner_steps": 2, "scope": "batch"}, use_cpu=False)
-    case |= {"bf16": True} if bf16 else {}
+    if bf16:  # under FSDP, torch refuses BatchNorm in bf16 on a GPU, with any Trainer
+        case |= {"bf16": True, "net": "mlp"}
     runs = []
     for engine in ("plain", "fsdp2"):
         (rank,) = on_ranks(run_all, tmp_path / engine, engine, {"run": case}, processes=1)

@@ -91,7 +91,6 @@ _DEFAULTS: dict[str, Any] = dict(
     save_strategy="epoch",
     save_total_limit=2,
     warmup_steps=0.05,
-    dataloader_pin_memory=torch.cuda.is_available(),
 )
 
 
@@ -120,7 +119,9 @@ def parse(
         allow_abbrev=False,
         usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
     )
-    parser.set_defaults(**_DEFAULTS | defaults)
+    # Asked here, not on import: to ask may begin CUDA, and what is forked later cannot use it then.
+    pinned = dict(dataloader_pin_memory=torch.cuda.is_available())
+    parser.set_defaults(**pinned | _DEFAULTS | defaults)
     known = parser.parse_known_args(argv)[0]
     if known.from_scratch:
         parser.set_defaults(**from_scratch_defaults)

@@ -2,6 +2,7 @@
 
     python recipes/measurements/benchmark_step.py
     python recipes/measurements/benchmark_step.py --workloads vit_small_patch16_224:224:32 --bf16
+    python recipes/measurements/benchmark_step.py --compile reduce-overhead --trainers AMPTrainer
 
 Each trainer runs in its own process, as it would in use, and takes turns there with the stock one,
 a cycle of optimizer steps each, for `--rounds` rounds: whatever else the machine does then affects
@@ -25,12 +26,14 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import datasets
 import numpy as np
 import torch
 from alternatives import ALTERNATIVES, CYCLE, RADIUS, SGD, ClosureTrainer
 from PIL import Image
+from plan import check_names
 from tqdm.auto import tqdm
 from transformers import (
     HfArgumentParser,
@@ -61,6 +64,13 @@ class BenchmarkArguments:
     )
     rounds: int = field(default=15, metadata={"help": "Cycles of each trainer."})
     bf16: bool = field(default=False, metadata={"help": "bf16 autocast, in all trainers."})
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = field(
+        default=None, metadata={"help": "Mode of torch.compile, in all trainers. Default: eager."}
+    )
+    trainers: list[str] = field(
+        default_factory=lambda: [name for name in TRAINERS if name != STOCK],
+        metadata={"help": "What to compare with the stock one, by the names in the tables."},
+    )
     json: str | None = field(default=None, metadata={"help": "A file for all results."})
 
     def __post_init__(self) -> None:
@@ -75,6 +85,7 @@ class BenchmarkArguments:
                 build_model(name, LABELS, int(numbers[0]), from_scratch=True)
             except ValueError as error:
                 raise ValueError(f"--workloads {workload}: {error}") from error
+        check_names("trainers", self.trainers, [name for name in TRAINERS if name != STOCK])
         if self.rounds < 2:
             raise ValueError(f"--rounds must be at least 2, got {self.rounds}.")
 
@@ -174,8 +185,9 @@ TRAINERS: dict[str, dict] = {
 }
 
 
-def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type, **own) -> Trainer:
-    name, size, batch_size = workload
+def build(workload: str, options: BenchmarkArguments, augments: bool, cls: type, **own) -> Trainer:
+    name, *sizes = workload.rsplit(":", 2)
+    size, batch_size = map(int, sizes)
     torch.manual_seed(0)
     model = build_model(name, LABELS, size, from_scratch=True)
     model.to(memory_format=torch.channels_last)
@@ -192,7 +204,8 @@ def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type,
         learning_rate=SGD["lr"],
         weight_decay=5e-4,
         max_grad_norm=0.0,
-        bf16=bf16,
+        bf16=options.bf16,
+        torch_compile_mode=options.compile,
         logging_strategy="no",
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -210,19 +223,20 @@ def build(workload: tuple[str, int, int], bf16: bool, augments: bool, cls: type,
 
 def measure(workload: str, options: BenchmarkArguments) -> dict:
     """One workload with every trainer."""
-    keys = [key for key in TRAINERS if key != STOCK]
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         found = {
-            key: pool.apply(beside_stock, (workload, options.bf16, options.rounds, key))
-            for key in tqdm(keys, desc=workload, unit=" trainers", disable=None)
+            key: pool.apply(beside_stock, (workload, options, key))
+            for key in tqdm(options.trainers, desc=workload, unit=" trainers", disable=None)
         }
-    augmenting = found.pop(AUGMENTING)
+    first = next(iter(found.values()))
+    stock = statistics.median(ms for each in found.values() for ms in each["stock"])
+    augmenting = found.pop(AUGMENTING, None)
     return {
         "workload": workload,
-        "parameters": augmenting["parameters"],
-        "stock_step_ms": statistics.median(ms for each in found.values() for ms in each["stock"]),
-        "throughput": _quartiles([1 / ratio for ratio in augmenting["cycle"]]),
+        "parameters": first["parameters"],
+        "stock_step_ms": stock,
+        "throughput": augmenting and _quartiles([1 / ratio for ratio in augmenting["cycle"]]),
         "trainers": {
             key: {
                 "time": _quartiles(each["step"]),
@@ -234,11 +248,9 @@ def measure(workload: str, options: BenchmarkArguments) -> dict:
     }
 
 
-def beside_stock(workload: str, bf16: bool, rounds: int, key: str) -> dict:
+def beside_stock(workload: str, options: BenchmarkArguments, key: str) -> dict:
     """The trainer `key` and the stock one take turns in this process."""
-    name, size, batch_size = workload.rsplit(":", 2)
-    setting = name, int(size), int(batch_size)
-    trainers = [build(setting, bf16, of == AUGMENTING, **TRAINERS[of]) for of in (STOCK, key)]
+    trainers = [build(workload, options, of == AUGMENTING, **TRAINERS[of]) for of in (STOCK, key)]
     clocks = []
     for trainer in trainers:
         clocks.append(Clock())
@@ -246,7 +258,7 @@ def beside_stock(workload: str, bf16: bool, rounds: int, key: str) -> dict:
         trainer.train()  # warms up
 
     found: dict[str, list[float]] = {"stock": [], "step": [], "cycle": []}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for trainer in trainers:
             trainer.train()
         (stock, stock_cycle), (own, own_cycle) = (clock.milliseconds() for clock in clocks)
@@ -280,10 +292,10 @@ def show(result: dict) -> None:
         cell = f"{median:.3f} [{low:.3f}, {high:.3f}]"
         exact = "yes" if row["exact"] else "no"
         print(f"{name:28}{cell:>24}{row['memory_copies']:>+10.3f}  {exact}")
-    low, median, high = result["throughput"]
-    print(
-        f"Images augmented as they are needed: {median:.3f} [{low:.3f}, {high:.3f}] of ready ones"
-    )
+    if result["throughput"]:
+        low, median, high = result["throughput"]
+        spread = f"{median:.3f} [{low:.3f}, {high:.3f}]"
+        print(f"Images augmented as they are needed: {spread} of ready ones")
 
 
 def main() -> None:
