@@ -1,6 +1,7 @@
-"""What the oldest versions that pyproject.toml allows do not have yet.
+"""What the oldest versions that pyproject.toml allows do not have yet, or torch keeps to itself.
 
-Each entry says from which version on it is superfluous: remove it when the lower bound gets there.
+The former say from which version on they are superfluous: remove them when the lower bound gets
+there.
 """
 
 from __future__ import annotations
@@ -47,3 +48,10 @@ ASKS_WHO_DIVIDES = _transformers >= Version("5.19")
 def loss_is_scaled_for_ga(trainer: Any) -> bool:
     """Whether the loss comes divided by the micro-batches, so that the Trainer does not."""
     return ASKS_WHO_DIVIDES and trainer.loss_is_scaled_for_ga
+
+
+def computes_in_bf16() -> bool:
+    """Whether the GPU, or else the CPU, multiplies in bf16 faster than in float32."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

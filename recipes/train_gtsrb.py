@@ -40,6 +40,7 @@ if __name__ == "__main__":
             augment="strong_signs",
             mirrored=MIRRORED,
             num_train_epochs=24,
+            bf16=True,
         ),
         description=__doc__,
     )

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from amp_hf.images.augment import (
+    AlternatingFlip,
     Cutout,
     RandomAffine,
     RandomBlur,
@@ -23,12 +24,16 @@ def numbered(count=64, size=8):
     return pixels.expand(count, -1, -1, -1).contiguous()
 
 
-def test_every_crop_is_a_window_of_its_own_image_at_a_place_of_its_own():
+@pytest.mark.parametrize("fill", [255, None])
+def test_every_crop_is_a_window_of_its_own_image_at_a_place_of_its_own(fill):
     torch.manual_seed(0)
     images = numbered()
     images[1] = 7
-    crops = RandomCrop(padding=2, fill=255)(images)
-    padded = nn.functional.pad(images, (2,) * 4, value=255)
+    crops = RandomCrop(2, fill)(images)
+    if fill is None:
+        padded = nn.functional.pad(images.float(), (2,) * 4, mode="reflect").to(images.dtype)
+    else:
+        padded = nn.functional.pad(images, (2,) * 4, value=fill)
     places = []
     for image, crop in zip(padded, crops):
         windows = image.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)  # (5, 5, 3, 8, 8)
@@ -46,6 +51,20 @@ def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 430 < mirrored.sum() < 570
+
+
+def test_two_epochs_hold_both_views_of_every_image_half_of_them_mirrored_in_each():
+    images, chosen = numbered(1000), list(range(1000, 0, -1))
+    flip = AlternatingFlip(2000, seed=0)
+    mirrored = []
+    for epoch in range(3):
+        flipped = flip(images, chosen, epoch)
+        mirrored.append((flipped == images.flip(-1)).flatten(1).all(1))
+        assert ((flipped == images).flatten(1).all(1) ^ mirrored[-1]).all()
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
+    assert 430 < mirrored[0].sum() < 570
+    assert torch.equal(flip(images[3:5], chosen[3:5], 1), flip(images, chosen, 1)[3:5])
+    assert not torch.equal(AlternatingFlip(2000, seed=1).first, flip.first)
 
 
 def test_a_mirror_image_gets_its_own_class_and_other_classes_are_left_alone():
@@ -140,7 +159,7 @@ def test_a_shadow_lies_on_one_side_of_a_line_in_half_of_the_images():
         assert (columns >= -1e-6).all() or (columns <= 1e-6).all()
 
 
-@pytest.mark.parametrize("kind", ["objects", "signs", "strong_signs", "none"])
+@pytest.mark.parametrize("kind", ["objects", "light_objects", "signs", "strong_signs", "none"])
 def test_every_kind_gives_float_images_of_the_same_shape(kind):
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     transform = train_transform(kind, [0.5] * 3, [0.25] * 3, cutout=8, auto_augment=True)

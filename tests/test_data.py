@@ -3,10 +3,11 @@ import pytest
 import torch
 from images import NAMES, image_folder, parquet_folder, rows
 from PIL import Image
+from torch import nn
 from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
 from amp_hf.images import data as image_data
-from amp_hf.images.augment import eval_transform, train_transform
+from amp_hf.images.augment import AlternatingFlip, eval_transform, train_transform
 from amp_hf.images.backbones import build_model, preprocessing
 from amp_hf.images.data import (
     EpochCallback,
@@ -131,6 +132,20 @@ def test_augmentations_depend_on_seed_epoch_and_batch_and_on_nothing_else(monkey
     dataset.epoch = 1
     assert not torch.equal(dataset.__getitems__([1, 2, 3])["pixel_values"], first)
     assert not torch.equal(augmented(seed=1).__getitems__([1, 2, 3])["pixel_values"], first)
+
+
+def test_a_dataset_that_flips_shows_each_image_as_it_is_and_mirrored_in_turn():
+    plain = image_dataset(transform=nn.Identity())
+    dataset = image_dataset(transform=nn.Identity(), flip=AlternatingFlip(64, seed=0))
+    chosen = [5, 0, 63, 7, 8, 9]
+    expected = plain.__getitems__(chosen)["pixel_values"]
+    mirrored = dataset.flip.first[chosen].view(-1, 1, 1, 1)
+    assert mirrored.any() and not mirrored.all()
+    for epoch in range(3):
+        dataset.epoch = epoch
+        found = dataset.__getitems__(chosen)["pixel_values"]
+        assert torch.equal(found, torch.where(mirrored, expected.flip(-1), expected))
+        mirrored = ~mirrored
 
 
 @pytest.mark.parametrize("lazy", [False, True])

@@ -21,6 +21,7 @@ SMALL = {
     "resnet18_small": dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]),
     "resnet50_small": dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]),
     "preactresnet10_signs": dict(channels=[8, 8, 16, 16]),
+    "convnet7_objects": dict(channels=[8, 8, 16]),
 }
 
 
@@ -37,6 +38,7 @@ SMALL = {
         ("resnet50_small", 23_520_842, 4),
         ("resnet101_small", 42_512_970, 4),
         ("preactresnet10_signs", 1_234_824, 2),
+        ("convnet7_objects", 1_972_490, 3),
     ],
 )
 def test_a_network_is_of_the_published_size(name, parameters, side):
@@ -46,7 +48,7 @@ def test_a_network_is_of_the_published_size(name, parameters, side):
         features = model.eval().forward_features(torch.zeros(1, 3, 32, 32))
     assert features.shape == (1, model.num_features, side, side)
     last = model.feature_info[-1]
-    assert (last["num_chs"], 32 // last["reduction"]) == (model.num_features, side)
+    assert (last["num_chs"], _size(name) // last["reduction"]) == (model.num_features, side)
     assert model.forward_head(features).shape == (1, 10)
     assert set(models.NAMES) <= set(timm.list_models())
 
@@ -110,7 +112,7 @@ def test_a_pyramid_grows_by_the_same_at_every_block():
 
 def test_activation_checkpointing_changes_no_gradient():
     images = torch.randn(4, 3, 16, 16)
-    for name in ("pyramidnet164_a270", "preactresnet18", "resnet18_small"):
+    for name in ("pyramidnet164_a270", "convnet7_objects", "preactresnet18"):
         gradients = []
         for checkpointing in (False, True):
             torch.manual_seed(0)
@@ -169,13 +171,35 @@ def test_a_network_gives_features_and_takes_a_device_and_a_type(name):
     own = {} if name == "vgg16_small" else SMALL.get(name, {})  # of so many features
     features = timm.create_model(name, features_only=True, dtype=torch.float64, **own).eval()
     maps = features(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
-    shapes = [(chs, 32 // by) for chs, by in zip(*map(features.feature_info.get, _INFO))]
+    shapes = [(chs, _size(name) // by) for chs, by in zip(*map(features.feature_info.get, _INFO))]
     assert [(len(m[0]), m.shape[-1]) for m in maps] == shapes
     assert len(maps) >= 3 and {m.dtype for m in maps} == {torch.float64}
     assert all(p.is_meta for p in timm.create_model(name, device="meta", **own).parameters())
 
 
 _INFO = ("num_chs", "reduction")
+
+
+def _size(name):
+    """Of an image of 32 pixels, after the stem."""
+    return 31 if name == "convnet7_objects" else 32
+
+
+def test_a_network_for_objects_begins_with_an_invertible_view_of_2x2_pixels():
+    stem = timm.create_model("convnet7_objects", **SMALL["convnet7_objects"]).stem
+    basis = stem.basis.flatten(1)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(12))
+    torch.testing.assert_close(basis[0], torch.full((12,), 12**-0.5))  # the mean of all
+    assert not list(stem.parameters())
+    images = 0.2 + 0.1 * torch.randn(64, 3, 32, 32).cumsum(2)
+    found = stem(images)
+    assert found.shape == (64, 24, 31, 31)
+    contrasts = F.conv2d(images, stem.basis)
+    contrasts = (contrasts - contrasts.mean((0, 2, 3), True)) / contrasts.std(
+        (0, 2, 3), keepdim=True
+    )
+    expected = F.gelu(torch.cat([contrasts, -contrasts], 1))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_depth_that_no_pyramid_has_is_refused():

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -25,6 +26,7 @@ from support import differing
 from transformers import AutoModelForImageClassification
 
 from amp_hf import AMPConfig, AMPTrainer
+from amp_hf.compat import computes_in_bf16
 from amp_hf.images import data as image_data
 from amp_hf.images.arguments import ImageArguments, parse
 from amp_hf.images.augment import eval_transform
@@ -220,6 +222,28 @@ def test_every_amp_field_is_an_argument(tmp_path):
     amp = AMPConfig(0.2, 0.05, 0.5, 2, "tensor", "batch", 0.3, 2, 0.5, "norm", "both", True)
     argv = [f"--{name}={value}" for name, value in amp.to_dict().items()]
     assert parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)])[2] == amp
+
+
+def test_a_recipe_computes_in_bf16_from_scratch_where_that_is_fast_and_changes_no_weights_type(
+    tmp_path, monkeypatch
+):
+    def bf16(*words):
+        argv = ["--dataset", "x", "--output_dir", str(tmp_path), *words]
+        return parse({}, {"bf16": True}, None, argv)[1].bf16
+
+    fast = computes_in_bf16()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and not torch.cuda.is_available():
+        assert fast == bool({"avx512_bf16", "amx_tile"} & {*cpuinfo.read_text().split()})
+    assert bf16("--from_scratch") == fast
+    assert not bf16()
+    assert not bf16("--from_scratch", "--bf16=false")
+    assert not parse({}, {}, None, ["--from_scratch", "--output_dir", str(tmp_path)])[1].bf16
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not bf16("--from_scratch")
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not bf16("--from_scratch")
 
 
 @pytest.mark.slow

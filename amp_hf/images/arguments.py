@@ -33,10 +33,11 @@ class ImageArguments(JobArguments):
         default=None,
         metadata={"help": "Further arguments of the timm model, in JSON: '{\"patch_size\": 4}'."},
     )
-    augment: Literal["objects", "signs", "strong_signs", "none"] = field(
+    augment: Literal["objects", "light_objects", "signs", "strong_signs", "none"] = field(
         default="objects",
         metadata={
-            "help": "objects: crop and flip; signs: rotate, shift, scale, light, no flip; "
+            "help": "objects: crop and flip; light_objects: crop less, and flip in every other "
+            "epoch; signs: rotate, shift, scale, light, no flip; "
             "strong_signs: more of it, shear, shadows, blur."
         },
     )

@@ -28,7 +28,7 @@ from ..job.data import NUMBER, find_column
 from ..job.job import Job
 from ..trainer import AMPTrainer
 from .arguments import parse
-from .augment import RandomMirror, eval_transform, train_transform
+from .augment import AlternatingFlip, RandomMirror, eval_transform, train_transform
 from .backbones import build_model, origin, preprocessing
 from .data import EpochCallback, ImageDataset, as_is
 
@@ -65,9 +65,11 @@ class ImageJob(Job):
     ) -> ImageDataset:
         geometry, mean, std = preprocessing(model)
         chosen = self.arguments
-        transform, mirror = eval_transform(mean, std), None
+        transform, mirror, flip = eval_transform(mean, std), None, None
         if name == "train":
             mirror = self._mirror()
+            if chosen.augment == "light_objects":
+                flip = AlternatingFlip(len(rows), args.seed)
             transform = train_transform(
                 chosen.augment, mean, std, chosen.cutout, chosen.auto_augment
             )
@@ -81,6 +83,7 @@ class ImageJob(Job):
             progress=name,
             numbers=rows[NUMBER][:],
             mirror=mirror,
+            flip=flip,
         )
 
     def _mirror(self) -> RandomMirror | None:
@@ -125,7 +128,7 @@ class ImageJob(Job):
     def unaugmented(self, dataset: ImageDataset, model: Any) -> ImageDataset:
         plain = copy.copy(dataset)
         plain.transform = eval_transform(*preprocessing(model)[1:])
-        plain.mirror = None
+        plain.mirror = plain.flip = None
         return plain
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..job.data import DataError, check_labels
-from .augment import RandomMirror
+from .augment import AlternatingFlip, RandomMirror
 
 # A set of decoded images up to this size is kept in memory.
 IN_MEMORY_BYTES = 2 * 1024**3
@@ -39,6 +39,7 @@ class ImageDataset(torch.utils.data.Dataset):
         geometry: resizes and crops a decoded RGB PIL image.
         transform: turns a uint8 batch into the model's input.
         mirror: from a uint8 batch and its labels to what they are in this epoch.
+        flip: from a uint8 batch, its indices and the epoch to what they are in it.
         progress: the progress bar's label; `None` shows no bar.
         numbers: each row's number in the original dataset, for error messages.
 
@@ -57,6 +58,7 @@ class ImageDataset(torch.utils.data.Dataset):
         progress: str | None = None,
         numbers: Sequence[int] | None = None,
         mirror: RandomMirror | None = None,
+        flip: AlternatingFlip | None = None,
     ) -> None:
         self.numbers = range(len(rows)) if numbers is None else numbers
         check_labels(rows, label_column, self.numbers)
@@ -68,6 +70,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.geometry = geometry
         self.transform = transform
         self.mirror = mirror
+        self.flip = flip
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # for persistent workers
         self._pixels: Tensor | None = None
@@ -100,6 +103,8 @@ class ImageDataset(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(zlib.crc32(key))
             if self.mirror is not None:
                 pixels, labels = self.mirror(pixels, labels)
+            if self.flip is not None:
+                pixels = self.flip(pixels, indices, self.epoch)
             pixels = self.transform(pixels)
         return {"pixel_values": pixels, "labels": labels}
 

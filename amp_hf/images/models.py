@@ -12,10 +12,12 @@ are for 10 classes.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 import transformers
 from timm.layers import BatchNormAct2d, ClassifierHead, create_conv2d
@@ -41,6 +43,7 @@ NAMES = (
     "resnet50_small",
     "resnet101_small",
     "preactresnet10_signs",
+    "convnet7_objects",
 )
 
 _CFG = dict(input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, license="mit")
@@ -172,53 +175,46 @@ class PyramidBottleneck(nn.Module):
         return residual + F.pad(self.pool(x), (0, 0, 0, 0, 0, self.more_chs))
 
 
-class PyramidNet(nn.Module):
-    """PyramidNet: bottlenecks that get wider by the same at every block (arXiv 1610.02915).
+class StagedNet(nn.Module):
+    """A stem, stages, a norm and a head, with the methods that timm's networks have.
 
     Args:
-        depth: layers, 9n + 2 of them.
-        alpha: how much wider the last block is than the stem, before the bottlenecks' expansion.
-
-    Raises:
-        ValueError: `depth` is not 9n + 2.
+        channels: that each stage puts out.
+        reductions: of the image's size, after each stage.
+        logit_scale: the head's output is multiplied by it.
     """
 
     def __init__(
         self,
-        depth: int,
-        alpha: int,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        stem: nn.Module,
+        stages: list[nn.Module],
+        channels: list[int],
+        reductions: list[int],
+        norm: nn.Module,
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+        logit_scale: float = 1.0,
         **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        if depth < 11 or depth % 9 != 2:
-            raise ValueError(f"depth must be 9n + 2, got {depth}.")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
+        self.logit_scale = logit_scale
         self.grad_checkpointing = False
-        channels, width, blocks = 16, 16.0, (depth - 2) // 9
-        self.stem = nn.Sequential(
-            create_conv2d(in_chans, channels, 3, **factory_kwargs),
-            nn.BatchNorm2d(channels, **factory_kwargs),
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = [
+            dict(num_chs=channels[i], reduction=reductions[i], module=f"stages.{i}")
+            for i in range(len(stages))
+        ]
+        self.norm = norm
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.head = ClassifierHead(
+            channels[-1], num_classes, global_pool, drop_rate, **factory_kwargs
         )
-        self.stages = nn.Sequential()
-        self.feature_info = []
-        for i, stride in enumerate((1, 2, 2)):
-            stage = nn.Sequential()
-            for j in range(blocks):
-                width += alpha / (3 * blocks)
-                step = stride if j == 0 else 1
-                stage.append(PyramidBottleneck(channels, round(width), step, **factory_kwargs))
-                channels = round(width) * PyramidBottleneck.expansion
-            self.stages.append(stage)
-            self.feature_info.append(dict(num_chs=channels, reduction=2**i, module=f"stages.{i}"))
-        self.norm = BatchNormAct2d(channels, **factory_kwargs)
-        self.num_features = self.head_hidden_size = channels
-        self.head = ClassifierHead(channels, num_classes, global_pool, drop_rate, **factory_kwargs)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -243,10 +239,138 @@ class PyramidNet(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
+        x = self.head(x, pre_logits=pre_logits)
+        return x if pre_logits else x * self.logit_scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+class PyramidNet(StagedNet):
+    """PyramidNet: bottlenecks that get wider by the same at every block (arXiv 1610.02915).
+
+    Args:
+        depth: layers, 9n + 2 of them.
+        alpha: how much wider the last block is than the stem, before the bottlenecks' expansion.
+
+    Raises:
+        ValueError: `depth` is not 9n + 2.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        alpha: int,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        **factory_kwargs: Any,
+    ) -> None:
+        if depth < 11 or depth % 9 != 2:
+            raise ValueError(f"depth must be 9n + 2, got {depth}.")
+        chs, width, blocks = 16, 16.0, (depth - 2) // 9
+        stem = nn.Sequential(
+            create_conv2d(in_chans, chs, 3, **factory_kwargs),
+            nn.BatchNorm2d(chs, **factory_kwargs),
+        )
+        stages: list[nn.Module] = []
+        channels = []
+        for stride in (1, 2, 2):
+            stage = nn.Sequential()
+            for j in range(blocks):
+                width += alpha / (3 * blocks)
+                step = stride if j == 0 else 1
+                stage.append(PyramidBottleneck(chs, round(width), step, **factory_kwargs))
+                chs = round(width) * PyramidBottleneck.expansion
+            stages.append(stage)
+            channels.append(chs)
+        super().__init__(
+            stem,
+            stages,
+            channels,
+            [1, 2, 4],
+            BatchNormAct2d(chs, **factory_kwargs),
+            num_classes,
+            in_chans,
+            global_pool,
+            drop_rate,
+            **factory_kwargs,
+        )
+
+
+class ContrastStem(nn.Module):
+    """Colours and contrasts of each 2x2 pixels, and their negatives, all of the same variance.
+
+    Twelve numbers describe 2x2 pixels of three channels: their discrete cosine transform along
+    channels, rows and columns. The transform is fixed; so is the scale, but for running statistics.
+    """
+
+    basis: Tensor
+
+    def __init__(self, in_chans: int, **factory_kwargs: Any) -> None:
+        super().__init__()
+        channels, side = _cosines(in_chans), _cosines(2)
+        basis = torch.einsum("ai,bj,ck->abcijk", channels, side, side).flatten(0, 2)
+        self.register_buffer("basis", basis.float().to(**factory_kwargs))
+        self.norm = nn.BatchNorm2d(len(basis), affine=False, **factory_kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(F.conv2d(x, self.basis))
+        return F.gelu(torch.cat([x, -x], 1))
+
+
+class ConvNet(StagedNet):
+    """For small photographs of objects and few epochs, after airbench94 (Jordan, arXiv 2404.00498).
+
+    A `ContrastStem`, which loses a row and a column, and stages of two 3x3 convolutions, the first
+    of which halves the size. The logits are scaled down, so that high learning rates are stable.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "max",
+        drop_rate: float = 0.0,
+        **factory_kwargs: Any,
+    ) -> None:
+        stem = ContrastStem(in_chans, **factory_kwargs)
+        stages: list[nn.Module] = []
+        before = 2 * len(stem.basis)
+        for width in channels:
+            stages.append(
+                nn.Sequential(
+                    create_conv2d(before, width, 3, **factory_kwargs),
+                    nn.MaxPool2d(2),
+                    BatchNormAct2d(width, act_layer=nn.GELU, **factory_kwargs),
+                    create_conv2d(width, width, 3, **factory_kwargs),
+                    BatchNormAct2d(width, act_layer=nn.GELU, **factory_kwargs),
+                )
+            )
+            before = width
+        super().__init__(
+            stem,
+            stages,
+            list(channels),
+            [2 ** (i + 1) for i in range(len(channels))],
+            nn.Identity(),
+            num_classes,
+            in_chans,
+            global_pool,
+            drop_rate,
+            logit_scale=1 / 9,
+            **factory_kwargs,
+        )
+
+
+def _cosines(count: int) -> Tensor:
+    """The orthonormal discrete cosine transform (DCT-II) of `count` numbers, as a matrix."""
+    k, n = torch.arange(count, dtype=torch.float64).view(-1, 1), torch.arange(count)
+    matrix = torch.cos(math.pi * k * (2 * n + 1) / (2 * count)) * math.sqrt(2 / count)
+    matrix[0] /= math.sqrt(2)
+    return matrix
 
 
 def _factory_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -340,4 +464,13 @@ def preactresnet10_signs(pretrained: bool = False, **kwargs: Any) -> SignResNet:
     args: dict[str, Any] = dict(layers=[1, 1, 1, 1], channels=(32, 64, 128, 256))
     return build_model_with_cfg(
         SignResNet, "preactresnet10_signs", pretrained, **_features(5), **args | kwargs
+    )
+
+
+@_register
+def convnet7_objects(pretrained: bool = False, **kwargs: Any) -> ConvNet:
+    """Seven convolutions, one of them fixed; 2.0 million parameters, 118 million multiply-adds."""
+    args: dict[str, Any] = dict(channels=(64, 256, 256))
+    return build_model_with_cfg(
+        ConvNet, "convnet7_objects", pretrained, **_features(3), **args | kwargs
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..card import LICENSES
+from ..compat import computes_in_bf16
 from ..config import AMPConfig
 
 
@@ -106,7 +108,8 @@ def parse(
     Args:
         arguments_class: the kind's, beside `TrainingArguments` and `AMPConfig`.
         defaults: of any argument.
-        from_scratch_defaults: further ones, which hold with `--from_scratch`.
+        from_scratch_defaults: further ones, which hold with `--from_scratch`; bf16 among them
+            holds where it is fast.
         argv: the arguments, if they do not come from the command line.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -125,10 +128,20 @@ def parse(
     known = parser.parse_known_args(argv)[0]
     if known.from_scratch:
         parser.set_defaults(**from_scratch_defaults)
+        shards = known.deepspeed or known.fsdp or _accelerate_shards()
+        bf16 = from_scratch_defaults.get("bf16", False)
+        bf16 = bf16 and not known.fp16 and not shards and computes_in_bf16()
+        # The Trainer takes bf16 on a CPU only where it is told that there is no GPU to wait for.
+        parser.set_defaults(bf16=bf16, use_cpu=bf16 and not torch.accelerator.is_available())
     if known.budget is not None:
         parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
     own, args, amp_config = parser.parse_args_into_dataclasses(argv)
     return own, args, amp_config
+
+
+def _accelerate_shards() -> bool:
+    """Where bf16 would change more than the computation: the weights' type, or the BatchNorms'."""
+    return "true" in {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP")}
 
 
 def _read_yaml(path: str) -> list[str]:
