@@ -4,11 +4,12 @@ The ε that serves one network best lies a factor of twenty from that of another
 loss by about as much. So the rise is held at a target, and ε is what it takes:
 
     learnt  = 1 − loss / first loss                     loss: a moving average, at θ
-    target  = rise · learnt^((20 / epochs)^1.5) / (1 + 10 · bend)
+    target  = rise · learnt^min(20, (40 / epochs)^4) / (1 + 10 · bend)
     ε       ← ε · (target / (loss(θ + Δ) − loss(θ)))^0.2
 
-What a training sees often enough to learn it by heart is perturbed long before it is learnt; what
-it sees a few times only, once it is. A step whose target is next to nothing is plain, and so are
+What a training sees 60 times it will learn by heart, and it is perturbed long before that. What it
+sees 20 times or less it may never learn by heart, and so it is perturbed once it has: before, what
+raises the loss only holds it up. A step whose target is next to nothing is plain, and so are
 the first 20 %: what a network learns there is what its data have in common, and a perturbation is
 in the way of that.
 
@@ -24,7 +25,8 @@ import math
 from dataclasses import dataclass
 
 START = 0.2  # share of the training before the first ascent
-_EPOCHS = 20  # of a training whose target is in proportion to what has been learnt
+_EPOCHS = 40  # of a training whose target is in proportion to what has been learnt
+_STEEPEST = 20.0  # exponent of what has been learnt, in shorter ones
 _LEAST = 0.05  # share of the rise, below which a step is plain
 _MEMORY = 0.95  # of the moving average, per step
 _GAIN = 0.2  # exponent of the correction in a step
@@ -64,7 +66,7 @@ class Radius:
         if self.first_loss <= 0:
             return 0.0
         learnt = min(1.0, max(0.0, 1 - self.loss / self.first_loss))
-        share = learnt ** ((_EPOCHS / epochs) ** 1.5)
+        share = learnt ** min(_STEEPEST, (_EPOCHS / epochs) ** 4)
         if share < _LEAST:
             return 0.0
         return share * min(rise, _SHARE * self.first_loss) / (1 + _CAUTION * max(0.0, self.bend))

@@ -42,14 +42,17 @@ def after(*losses, epsilon=None):
 
 
 def test_the_target_grows_as_the_loss_falls_and_is_whole_where_it_is_zero():
-    targets = [Radius(None, 3.0, loss).target(0.1, 20, 0.5) for loss in (3.0, 2.0, 1.0, 0.0)]
+    targets = [Radius(None, 3.0, loss).target(0.1, 40, 0.5) for loss in (3.0, 2.0, 1.0, 0.0)]
     assert targets == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
 
 
 def test_the_target_of_a_short_training_waits_until_nearly_all_is_learnt():
     half, most = Radius(None, 3.0, 1.5), Radius(None, 3.0, 0.6)
-    assert half.target(0.1, 100, 0.5) == pytest.approx(0.1 * 0.5 ** (0.2**1.5))
-    assert most.target(0.1, 5, 0.5) == pytest.approx(0.1 * 0.8**8)
+    assert half.target(0.1, 80, 0.5) == pytest.approx(0.1 * 0.5 ** (1 / 16))
+    assert most.target(0.1, 32, 0.5) == pytest.approx(0.1 * 0.8 ** (1.25**4))
+    learnt = Radius(None, 3.0, 0.3)
+    for epochs in (1, 5, 18):
+        assert learnt.target(0.1, epochs, 0.5) == pytest.approx(0.1 * 0.9**20)
     assert half.target(0.1, 1, 0.5) == 0.0  # a millionth of it: not worth a pass
     assert Radius(None, 3.0, 0.05).target(0.1, 1, 0.5) > 0
 
