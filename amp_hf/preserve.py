@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .compat import foreach_clone
 
 # The buffers of every BatchNorm (torch.nn.modules.batchnorm) and of those modelled on it.
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -37,15 +39,19 @@ def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
     Copies, rather than switching the layers' tracking off: a compiled model is not compiled again.
     """
     before = [getattr(module, name) for module, name in buffers]
-    kept = [buffer.clone() for buffer in before]
+    # In one operation per kind: a GPU would spend more time on starting one for each buffer.
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for buffer in before:
+        kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+    kept = [foreach_clone(kind) for kind in kinds.values()]
     try:
         yield
     finally:
         for (module, name), buffer in zip(buffers, before):
             if getattr(module, name) is not buffer:  # assigned anew, not changed in place
                 setattr(module, name, buffer)
-        if before:
-            torch._foreach_copy_(before, kept)
+        for kind, copies in zip(kinds.values(), kept):
+            torch._foreach_copy_(kind, copies)
 
 
 @contextlib.contextmanager
