@@ -53,5 +53,5 @@ def loss_is_scaled_for_ga(trainer: Any) -> bool:
 def computes_in_bf16() -> bool:
     """Whether the GPU, or else the CPU, multiplies in bf16 faster than in float32."""
     if torch.accelerator.is_available():
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -39,7 +39,7 @@ def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
     Copies, rather than switching the layers' tracking off: a compiled model is not compiled again.
     """
     before = [getattr(module, name) for module, name in buffers]
-    # In one operation per kind: a GPU would spend more time on starting one for each buffer.
+    # One kernel per kind: to launch one for each buffer costs a GPU more than the copies.
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for buffer in before:
         kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)

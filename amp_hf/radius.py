@@ -7,11 +7,11 @@ loss by about as much. So the rise is held at a target, and ε is what it takes:
     target  = rise · learnt^min(20, (40 / epochs)^4) / (1 + 10 · bend)
     ε       ← ε · (target / (loss(θ + Δ) − loss(θ)))^0.2
 
-What a training sees 60 times it will learn by heart, and it is perturbed long before that. What it
-sees 20 times or less it may never learn by heart, and so it is perturbed once it has: before, what
-raises the loss only holds it up. A step whose target is next to nothing is plain, and so are
-the first 20 %: what a network learns there is what its data have in common, and a perturbation is
-in the way of that.
+What a training sees 60 times it is likely to learn by heart, and it is perturbed long before that.
+What it sees 20 times or fewer it may never learn by heart; it is perturbed only once nearly all is
+learnt, since before that a perturbation just slows it down. A step whose target is next to nothing
+is plain, and so are the first 20 %: what a network learns there is what its data have in common,
+and a perturbation is in the way of that.
 
 `bend` is how much more than an exponential the loss rises along Δ: near 0 for the convolutional
 networks that it was found with, 0.3 for small transformers on few images, for which 0.1 nats are

@@ -32,15 +32,13 @@ LEFT = [
 ]
 MIRRORED = {name: name.replace("left", "right") for name in SYMMETRIC + LEFT}
 
+DEFAULTS = dict(dataset="tanganke/gtsrb", augment="signs", output_dir="outputs/gtsrb")
+FROM_SCRATCH_DEFAULTS = dict(
+    model="preactresnet10_signs",
+    augment="strong_signs",
+    mirrored=MIRRORED,
+    num_train_epochs=24,
+)
+
 if __name__ == "__main__":
-    main(
-        defaults=dict(dataset="tanganke/gtsrb", augment="signs", output_dir="outputs/gtsrb"),
-        from_scratch_defaults=dict(
-            model="preactresnet10_signs",
-            augment="strong_signs",
-            mirrored=MIRRORED,
-            num_train_epochs=24,
-            bf16=True,
-        ),
-        description=__doc__,
-    )
+    main(DEFAULTS, FROM_SCRATCH_DEFAULTS, __doc__)

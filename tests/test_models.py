@@ -202,6 +202,18 @@ def test_a_network_for_objects_begins_with_an_invertible_view_of_2x2_pixels():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_without_classes_a_network_for_objects_gives_its_features():
+    model = timm.create_model(
+        "convnet7_objects", num_classes=10, **SMALL["convnet7_objects"]
+    ).eval()
+    features = model.forward_features(torch.rand(2, 3, 32, 32))
+    expected = model.forward_head(features, pre_logits=True)
+    logits = model.head.fc(expected) / 9
+    torch.testing.assert_close(model.forward_head(features), logits)
+    model.reset_classifier(0)
+    assert torch.equal(model.forward_head(features), expected)
+
+
 def test_a_depth_that_no_pyramid_has_is_refused():
     with pytest.raises(ValueError, match=r"depth must be 9n \+ 2, got 12\."):
         timm.create_model("pyramidnet164_a270", depth=12)

@@ -224,26 +224,71 @@ def test_every_amp_field_is_an_argument(tmp_path):
     assert parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)])[2] == amp
 
 
-def test_a_recipe_computes_in_bf16_from_scratch_where_that_is_fast_and_changes_no_weights_type(
-    tmp_path, monkeypatch
-):
-    def bf16(*words):
-        argv = ["--dataset", "x", "--output_dir", str(tmp_path), *words]
-        return parse({}, {"bf16": True}, None, argv)[1].bf16
-
-    fast = computes_in_bf16()
+def test_the_cpu_itself_says_whether_it_computes_in_bf16():
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and not torch.cuda.is_available():
-        assert fast == bool({"avx512_bf16", "amx_tile"} & {*cpuinfo.read_text().split()})
-    assert bf16("--from_scratch") == fast
-    assert not bf16()
-    assert not bf16("--from_scratch", "--bf16=false")
-    assert not parse({}, {}, None, ["--from_scratch", "--output_dir", str(tmp_path)])[1].bf16
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert not bf16("--from_scratch")
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert not bf16("--from_scratch")
+    if not cpuinfo.exists() or torch.cuda.is_available():
+        pytest.skip("for a CPU whose abilities Linux lists")
+    able = {"avx512_bf16", "amx_tile"} & {*cpuinfo.read_text().split()}
+    assert computes_in_bf16() == bool(able)
+
+
+OWN = "--model=convnet7_objects --from_scratch"
+
+
+@pytest.mark.skipif(not computes_in_bf16(), reason="for a processor that is fast in bf16")
+@pytest.mark.parametrize(
+    ("words", "variables", "bf16"),
+    [
+        (OWN, {}, True),
+        (OWN, {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}, True),
+        ("run.yaml", {}, True),
+        ("run.yaml --bf16=false", {}, False),
+        (OWN + " --bf16=false", {}, False),
+        (OWN + " --use_cpu", {}, False),
+        (OWN + " --use-cpu=false", {}, False),
+        (OWN, {"ACCELERATE_MIXED_PRECISION": "fp16"}, False),
+        (OWN, {"ACCELERATE_USE_CPU": "True"}, False),
+        (OWN, {"ACCELERATE_USE_DEEPSPEED": "true"}, False),
+        (OWN, {"ACCELERATE_USE_FSDP": "true"}, False),
+        ("--model=convnet7_objects", {}, False),
+        ("--model=test_resnet --from_scratch", {}, False),
+    ],
+)
+def test_a_network_for_small_images_computes_in_bf16_unless_something_else_is_asked_for(
+    tmp_path, monkeypatch, words, variables, bf16
+):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("model: convnet7_objects\nfrom_scratch: true\n")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    argv = [*words.split(), "--output_dir", str(tmp_path)]
+    assert parse({}, {}, None, argv)[1].bf16 == bf16
+
+
+def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
+    def rate(*words):
+        argv = [*words, "--output_dir", str(tmp_path)]
+        recipe = train_cifar10.DEFAULTS, train_cifar10.FROM_SCRATCH_DEFAULTS
+        images, args, _ = parse(*recipe, None, argv)
+        return images.augment, args.learning_rate
+
+    assert rate("--from_scratch") == ("light_objects", 0.75)
+    assert rate("--from_scratch", "--learning_rate=0.5") == ("light_objects", 0.5)
+    assert rate("--from_scratch", "--model=resnet18") == ("objects", 0.1)
+    assert rate() == ("objects", 0.01)
+
+
+def test_only_what_is_trained_on_is_flipped_and_no_longer_where_flatness_is_measured(
+    tmp_path, data
+):
+    words = [*SMALL.split(), "--augment=light_objects", "--dataset", data]
+    words += ["--validation_fraction=0.2", "--max_train_samples=40", f"--output_dir={tmp_path}"]
+    job = ImageJob(*parse({}, {}, None, words))
+    train = job.trainer.train_dataset
+    assert len(train.flip.first) == len(train) == 40
+    plain = job.unaugmented(train, job.trainer.model)
+    for dataset in (plain, job.trainer.eval_dataset, *job.tests.values()):
+        assert dataset.flip is None
 
 
 @pytest.mark.slow

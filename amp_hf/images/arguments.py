@@ -98,6 +98,22 @@ _DEFAULTS: dict[str, Any] = dict(
     max_grad_norm=0.0,
 )
 _FROM_SCRATCH_DEFAULTS: dict[str, Any] = dict(image_size=32, learning_rate=0.1)
+# From scratch, for the networks that the recipes take by themselves.
+_NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "preactresnet10_signs": dict(bf16=True),
+    # After airbench94 (Jordan, arXiv 2404.00498), with more epochs instead of its further tricks.
+    "convnet7_objects": dict(
+        augment="light_objects",
+        num_train_epochs=24,
+        per_device_train_batch_size=512,
+        learning_rate=0.75,
+        optim_args="momentum=0.85,nesterov=true",
+        weight_decay=4e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=0.2,
+        bf16=True,
+    ),
+}
 
 
 def parse(
@@ -106,8 +122,16 @@ def parse(
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> tuple[ImageArguments, TrainingArguments, AMPConfig]:
-    """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for images."""
+    """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for images.
+
+    Those of a network that a recipe takes by itself come last.
+    """
     from_scratch_defaults = _FROM_SCRATCH_DEFAULTS | defaults | from_scratch_defaults
     return arguments.parse(
-        ImageArguments, _DEFAULTS | defaults, from_scratch_defaults, description, argv
+        ImageArguments,
+        _DEFAULTS | defaults,
+        from_scratch_defaults,
+        description,
+        argv,
+        _NETWORK_DEFAULTS,
     )

@@ -179,8 +179,8 @@ class StagedNet(nn.Module):
     """A stem, stages, a norm and a head, with the methods that timm's networks have.
 
     Args:
-        channels: that each stage puts out.
-        reductions: of the image's size, after each stage.
+        channels: output channels of each stage.
+        reductions: total stride after each stage.
         logit_scale: the head's output is multiplied by it.
     """
 
@@ -240,7 +240,7 @@ class StagedNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head(x, pre_logits=pre_logits)
-        return x if pre_logits else x * self.logit_scale
+        return x if pre_logits or not self.num_classes else x * self.logit_scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..card import LICENSES
@@ -102,14 +103,17 @@ def parse(
     from_scratch_defaults: dict[str, Any],
     description: str | None = None,
     argv: list[str] | None = None,
+    network_defaults: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[Any, TrainingArguments, AMPConfig]:
     """Parses the command line, which may begin with the name of a YAML file of arguments.
 
     Args:
         arguments_class: the kind's, beside `TrainingArguments` and `AMPConfig`.
         defaults: of any argument.
-        from_scratch_defaults: further ones, which hold with `--from_scratch`; bf16 among them
-            holds where it is fast.
+        from_scratch_defaults: further ones, which hold with `--from_scratch`.
+        network_defaults: by `--model`, further ones, which hold with `--from_scratch`. A default of
+            bf16 holds only where it is fast, and where nothing else is asked of the precision, the
+            device or the engine.
         argv: the arguments, if they do not come from the command line.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -128,20 +132,27 @@ def parse(
     known = parser.parse_known_args(argv)[0]
     if known.from_scratch:
         parser.set_defaults(**from_scratch_defaults)
-        shards = known.deepspeed or known.fsdp or _accelerate_shards()
-        bf16 = from_scratch_defaults.get("bf16", False)
-        bf16 = bf16 and not known.fp16 and not shards and computes_in_bf16()
-        # The Trainer takes bf16 on a CPU only where it is told that there is no GPU to wait for.
-        parser.set_defaults(bf16=bf16, use_cpu=bf16 and not torch.accelerator.is_available())
+        network = parser.parse_known_args(argv)[0].model
+        own = (network_defaults or {}).get(network, {})
+        if own.get("bf16"):
+            bf16 = computes_in_bf16() and not _asks_for_a_device_or_precision(argv)
+            # The Trainer takes bf16 on a CPU only where `use_cpu` says that no GPU is missing.
+            own = own | dict(bf16=bf16, use_cpu=bf16 and not torch.accelerator.is_available())
+        parser.set_defaults(**own)
     if known.budget is not None:
         parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
     own, args, amp_config = parser.parse_args_into_dataclasses(argv)
     return own, args, amp_config
 
 
-def _accelerate_shards() -> bool:
-    """Where bf16 would change more than the computation: the weights' type, or the BatchNorms'."""
-    return "true" in {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP")}
+def _asks_for_a_device_or_precision(argv: list[str]) -> bool:
+    """Whether the command line or `accelerate launch` does, or for an engine with its own types."""
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
+    return (
+        not given.isdisjoint({"bf16", "fp16", "use_cpu", "deepspeed", "fsdp"})
+        or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+        or any(parse_flag_from_env(f"ACCELERATE_USE_{x}") for x in ("CPU", "DEEPSPEED", "FSDP"))
+    )
 
 
 def _read_yaml(path: str) -> list[str]:

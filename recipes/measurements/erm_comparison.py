@@ -11,12 +11,14 @@ all-MiniLM-L6-v2. Several processes may write to the same file, each with its ow
     choice      choose ε for AMP at every step, on a fifth of the training set, held out
     results     compare on the official test sets
     defaults    one setting for every network and every schedule, long and short
+    recipes     train_gtsrb.py and train_cifar10.py from scratch, as they are
     others      what else a user might take, and AMP() together with it
     grid        how ε, ζ and N behave, on held-out images
 """
 
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from erm_settings import (
+    AS_RECIPES,
     COMPARED,
     DEFAULTS,
     FURTHER,
@@ -60,6 +63,7 @@ STYLES = {
 }
 
 EVERYWHERE = [*SCHEDULES, "gtsrb resnet18", *FURTHER]
+UNTUNED = [name for name in (RESULTS | OTHERS) if not ROWS[name].chosen_epsilon]
 BESIDE = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
 
 # Of each table: its seeds, its settings and rows.
@@ -69,6 +73,7 @@ TABLES = {
     "results": (THREE, [(key, name) for name in RESULTS for key in COMPARED]),
     "defaults": (THREE, [(key, name) for name in ("ERM", *DEFAULTS) for key in EVERYWHERE]),
     "others": (THREE, [(key, name) for name in OTHERS for key in BESIDE]),
+    "recipes": (THREE, [(key, name) for name in UNTUNED for key in AS_RECIPES]),
     "grid": ([0], [(key, name) for name in GRID_ROWS for key in GRID]),
 }
 
@@ -115,14 +120,24 @@ def defaults_table(runs: Runs) -> str:
 
 
 def others_table(runs: Runs) -> str:
+    """What else a user might take, beside ERM and AMP."""
+    keys = [key for key in BESIDE if any(runs.values(key, name, "nll") for name in OTHERS)]
+    return _untimed_table(runs, keys, ("ERM", "AMP()", *OTHERS))
+
+
+def recipes_table(runs: Runs) -> str:
+    """The recipes as they are, and with everything else in AMP's place."""
+    return _untimed_table(runs, AS_RECIPES, UNTUNED)
+
+
+def _untimed_table(runs: Runs, keys: Iterable[str], rows: Iterable[str]) -> str:
     """Mean ± standard deviation over seeds."""
     lines = []
-    for key in BESIDE:
-        if any(runs.values(key, name, "nll") for name in OTHERS):
-            lines += [f"| **{_title(key)}** | | | | | |"]
-            rows = ("ERM", "AMP()", *OTHERS)
-            columns = ("accuracy", "nll", "scaled_nll", "ece")
-            lines += lines_of(runs, key, rows, columns, timed=False)
+    for key in keys:
+        if found := lines_of(
+            runs, key, rows, ("accuracy", "nll", "scaled_nll", "ece"), timed=False
+        ):
+            lines += [f"| **{_title(key)}** | | | | | |", *found]
     head = ["| | accuracy, % | NLL | NLL, scaled | ECE | n |", "|---|---|---|---|---|---|"]
     return "\n".join(head + lines if lines else ())
 
@@ -199,7 +214,7 @@ def main() -> None:
                 runs.time(cells)
     except ValueError as error:
         sys.exit(f"erm_comparison.py: error: {error}")
-    for table in (choice_table, results_table, defaults_table, others_table):
+    for table in (choice_table, results_table, defaults_table, others_table, recipes_table):
         print(f"\n{table(runs)}")
     draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))
     print(f"\nSaved {runs.path}")

@@ -165,7 +165,28 @@ FURTHER = {
         curvature=False,
     ),
 }
-SETTINGS = LARGER | SCHEDULES | FINE_TUNED | FURTHER
+# As the recipes train from scratch by themselves. In bf16, the Hessian would be too coarse.
+AS_RECIPES = {
+    "gtsrb recipe": Setting(
+        "GTSRB, all 39,209 images, augmented, 24 epochs",
+        GTSRB,
+        "preactresnet10_signs",
+        "",
+        24,
+        recipe=True,
+        curvature=False,
+    ),
+    "cifar10 recipe": Setting(
+        "CIFAR-10, all 50,000 images, augmented, 24 epochs",
+        CIFAR10,
+        "convnet7_objects",
+        "",
+        24,
+        recipe=True,
+        curvature=False,
+    ),
+}
+SETTINGS = LARGER | SCHEDULES | FINE_TUNED | FURTHER | AS_RECIPES
 
 RESULTS = {
     "ERM": Row(epsilon=0, curvature=True),

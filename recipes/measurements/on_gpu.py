@@ -45,11 +45,7 @@ class GPUArguments:
 
 
 FAST = "--bf16 true --torch_compile true --dataloader_num_workers 4 --save_total_limit 1"
-PAPER = (
-    "--augment objects --per_device_train_batch_size 128 --learning_rate 0.1 --weight_decay 0.0005 "
-    "--optim_args momentum=0.9,nesterov=true --lr_scheduler_type cosine --warmup_steps 0.05"
-)
-PREACT = f"--model preactresnet18 --from_scratch --num_train_epochs 200 {PAPER} {FAST}"
+PREACT = f"--model preactresnet18 --from_scratch --num_train_epochs 200 {FAST}"
 
 
 def jobs(data: str | None) -> dict[str, list[str]]:

@@ -25,6 +25,7 @@ class Setting:
         epsilon: the radius for rows with `chosen_epsilon`.
         base: the setting whose ERM model the training begins with, instead of from scratch.
         pretrained: begin with the network's own weights instead of from scratch.
+        recipe: train as the dataset's recipe does by itself, but for what `argv` says.
         job: the class that trains it.
         curvature: measure the Hessian, in rows that ask for it.
     """
@@ -37,6 +38,7 @@ class Setting:
     epsilon: float | None = None
     base: str | None = None
     pretrained: bool = False
+    recipe: bool = False
     job: type[Job] = ImageJob
     curvature: bool = True
 

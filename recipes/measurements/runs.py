@@ -141,7 +141,11 @@ class Runs:
         if setting.pretrained:
             argv += ["--model", self.options.source(setting.network)]
         kind = image_arguments if setting.job is ImageJob else text_arguments
-        job = setting.job(*kind.parse({}, {}, None, argv), row.trainer)
+        defaults: tuple[dict, dict] = ({}, {})
+        if setting.recipe:
+            recipe = runpy.run_path(str(RECIPES / _recipe_of(setting)))
+            defaults = recipe["DEFAULTS"], recipe["FROM_SCRATCH_DEFAULTS"]
+        job = setting.job(*kind.parse(*defaults, None, argv), row.trainer)
         job.trainer.remove_callback(PrinterCallback)
         return job
 
@@ -191,7 +195,7 @@ class Runs:
         What no recipe can run begins with its trainer's or its job's name instead.
         """
         setting, trainer = self.settings[key], self.rows[name].trainer
-        script = f"recipes/{RECIPE_OF.get(setting.dataset, 'train_cifar10.py')}"
+        script = f"recipes/{_recipe_of(setting)}"
         if trainer is not AMPTrainer:
             script = trainer.__name__
         elif setting.job is LanguageModelJob:
@@ -236,6 +240,10 @@ class Runs:
             written = self.path.with_suffix(".tmp")
             written.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
             os.replace(written, self.path)
+
+
+def _recipe_of(setting: Setting) -> str:
+    return RECIPE_OF.get(setting.dataset, "train_cifar10.py")
 
 
 def _made_once(name: str, make: Callable[[Path], object]) -> str:
