@@ -32,6 +32,7 @@ from amp_hf.images.classification import ImageJob
 from amp_hf.text.classification import TextJob
 
 MEASUREMENTS = RECIPES / "measurements"
+SMALL = "test_resnet:24:8", benchmark_step.BenchmarkArguments(workloads=["test_resnet:24:8"]), False
 
 
 def saved_runs(script, folder=MEASUREMENTS):
@@ -44,22 +45,20 @@ def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
     tmp_path, monkeypatch, capsys
 ):
     """Times mean nothing here; that memory is counted does."""
-    names = ["AMPTrainer", benchmark_step.AUGMENTING]
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)  # import nothing
-    some = {name: benchmark_step.TRAINERS[name] for name in names}
-    monkeypatch.setattr(benchmark_step, "TRAINERS", some)
-    words = [
-        "--workloads=test_resnet:24:8",
-        "--rounds=2",
-        "--json",
-        tmp_path / "out.json",
-    ]
-    main_of(benchmark_step, monkeypatch, *words)
+    words = ["--workloads=test_resnet:24:8", "--rounds=2", "--json", tmp_path / "out.json"]
+    words += ["--trainers", "AMPTrainer"]
+    main_of(benchmark_step, monkeypatch, *words, benchmark_step.AUGMENTING)
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     rows = result["trainers"]
     assert list(rows) == ["AMPTrainer"]
     assert rows["AMPTrainer"]["memory_copies"] == pytest.approx(1, abs=0.02)
-    assert f"{rows['AMPTrainer']['time'][1]:.3f} [" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{rows['AMPTrainer']['time'][1]:.3f} [" in out and "Images augmented as they" in out
+    main_of(benchmark_step, monkeypatch, *words, "--compile=default")
+    assert "Images augmented" not in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert result["trainers"].keys() == {"AMPTrainer"} and result["throughput"] is None
 
 
 @pytest.mark.parametrize("name", benchmark_step.ALTERNATIVES)
@@ -69,11 +68,11 @@ def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for
     config = AMPConfig(benchmark_step.RADIUS, **kind, ascent_start=0.0, norm_stats="both")
     after = []
     for own in (benchmark_step.TRAINERS[name], dict(cls=AMPTrainer, amp_config=config)):
-        trainer = benchmark_step.build(("test_resnet", 24, 8), False, False, **own)
+        trainer = benchmark_step.build(*SMALL, **own)
         trainer.args.max_steps = 1  # LookSAM's first step is SAM's
         trainer.train()
         after.append([param.detach() for param in trainer.model.parameters()])
-    start = benchmark_step.build(("test_resnet", 24, 8), False, False, cls=Trainer).model
+    start = benchmark_step.build(*SMALL, cls=Trainer).model
     moved = [a - p for a, p in zip(after[0], start.parameters())]
     expected = [a - p for a, p in zip(after[1], start.parameters())]
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
@@ -86,9 +85,6 @@ def step_of(trainer, steps=1):
     trainer.args.max_steps = steps
     trainer.train()
     return before, [param.detach() for param in trainer.model.parameters()]
-
-
-SMALL = ("test_resnet", 24, 8), False, False
 
 
 def test_asam_perturbs_by_rho_in_units_of_the_weights():
@@ -152,6 +148,7 @@ def test_the_average_of_the_weights_is_what_training_ends_at():
     [
         (benchmark_step, ["--workloads=resnet18:32"], "takes model:image size:batch size"),
         (benchmark_step, ["--workloads=resnet8:32:4"], "did you mean resnet18"),
+        (benchmark_step, ["--trainers", "SAM"], "--trainers knows AMPTrainer, "),
         (benchmark_step, ["--rounds=1"], "--rounds must be at least 2, got 1."),
         (frontier, ["--rows", "SAM"], "--rows knows ERM, "),
         (
@@ -164,7 +161,7 @@ def test_the_average_of_the_weights_is_what_training_ends_at():
         (
             erm_comparison,
             ["--tables", "grids"],
-            "--tables knows choice, results, defaults, others, grid",
+            "--tables knows choice, results, defaults, others, recipes, grid",
         ),
         (erm_comparison, ["--data", "no/such"], "Pass --data a folder of local copies"),
     ],
@@ -348,6 +345,7 @@ def test_the_tables_of_the_comparison_are_those_of_its_results():
         erm_comparison.results_table,
         erm_comparison.defaults_table,
         erm_comparison.others_table,
+        erm_comparison.recipes_table,
     ):
         assert table(found) in text
     for key in erm_comparison.COMPARED:
