@@ -61,6 +61,7 @@ LINES = [
     "gtsrb resnet18",
     "cifar10 test_vit",
     "gtsrb test_vit",
+    "gtsrb recipe",
     "gtsrb test_resnet short",
 ]
 SHORT = {"setting": "gtsrb test_resnet short", "row": "AMP"}
