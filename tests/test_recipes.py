@@ -266,16 +266,18 @@ def test_a_network_for_small_images_computes_in_bf16_unless_something_else_is_as
 
 
 def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
-    def rate(*words):
+    def rate(*words, recipe=train_cifar10):
         argv = [*words, "--output_dir", str(tmp_path)]
-        recipe = train_cifar10.DEFAULTS, train_cifar10.FROM_SCRATCH_DEFAULTS
-        images, args, _ = parse(*recipe, None, argv)
+        images, args, _ = parse(recipe.DEFAULTS, recipe.FROM_SCRATCH_DEFAULTS, None, argv)
         return images.augment, args.learning_rate
 
     assert rate("--from_scratch") == ("light_objects", 0.75)
     assert rate("--from_scratch", "--learning_rate=0.5") == ("light_objects", 0.5)
-    assert rate("--from_scratch", "--model=resnet18") == ("objects", 0.1)
+    assert rate("--from_scratch", "--model=resnet18") == ("light_objects", 0.1)
     assert rate() == ("objects", 0.01)
+    # The network for objects, on signs, of which a flip makes others.
+    words = ["--from_scratch", "--model=convnet7_objects"]
+    assert rate(*words, recipe=train_gtsrb) == ("strong_signs", 0.75)
 
 
 def test_only_what_is_trained_on_is_flipped_and_no_longer_where_flatness_is_measured(

@@ -103,7 +103,6 @@ _NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
     "preactresnet10_signs": dict(bf16=True),
     # After airbench94 (Jordan, arXiv 2404.00498), with more epochs instead of its further tricks.
     "convnet7_objects": dict(
-        augment="light_objects",
         num_train_epochs=24,
         per_device_train_batch_size=512,
         learning_rate=0.75,

@@ -46,7 +46,7 @@ class GPUArguments:
 
 WORKERS = "--bf16 true --dataloader_num_workers 4 --save_total_limit 1"
 FAST = f"{WORKERS} --torch_compile true"
-PREACT = f"--model preactresnet18 --from_scratch --num_train_epochs 200 {FAST}"
+PREACT = f"--model preactresnet18 --from_scratch --augment objects --num_train_epochs 200 {FAST}"
 
 
 def jobs(data: str | None) -> dict[str, list[str]]:
