@@ -550,6 +550,7 @@ def test_a_search_in_which_every_epsilon_does_harm_recommends_none(
 ):
     monkeypatch.chdir(tmp_path)
     words = ["--dataset", data, "--trials=1", "--lowest=20", "--highest=30"]
+    words += ["--num_train_epochs=20"]  # after two, nothing is learnt that ε could spoil
     main_of(search_epsilon, monkeypatch, *SMALL.split(), *words)
     out = capsys.readouterr().out
     assert "Best: epsilon 0 (" in out
