@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import search_epsilon
 import torch
@@ -33,6 +34,7 @@ from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import preprocessing
 from amp_hf.images.classification import ImageJob, main
 from amp_hf.job import job as amp_job
+from amp_hf.job.data import NUMBER
 
 GTSRB = RECIPES.parents[1] / "shared" / "data" / "gtsrb"
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
@@ -489,6 +491,51 @@ def test_a_training_that_diverges_is_saved_and_ends_with_one_line(tmp_path, data
     code, line = failure(capsys, *argv)
     assert code == 1 and line.startswith("The training diverged: lower --learning_rate")
     assert (tmp_path / "model.safetensors").exists()
+
+
+def track(digit, frames, random):
+    """A digit as a video shows it: its light and its background are its own, and drift."""
+    light, background = random.uniform(0.3, 1), random.uniform(0, 255, 3)
+    strokes = np.asarray(digit, dtype=float)[..., None] / 255
+    for _ in range(frames):
+        light += random.normal(0, 0.01)
+        image = light * (strokes * 255 + (1 - strokes) * background) + random.normal(0, 2, 3)
+        yield Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def test_what_one_track_shows_is_not_divided_between_training_and_validation(tmp_path):
+    frames, random = 6, np.random.default_rng(0)
+    digits, shown, labels, numbers = rows(0, 160), [], [], []
+    for number, row in enumerate(digits):
+        shown += track(row["img"], frames, random)
+        labels += [row["label"]] * frames
+        numbers += [number] * frames
+    (tmp_path / "data").mkdir()
+    order = random.permutation(len(shown))
+    table = {"img": [shown[i] for i in order], "label": [labels[i] for i in order]}
+    table = datasets.Dataset.from_dict(table, digits.features)
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    number_of = np.array(numbers)[order]
+    divided, sizes = {}, {}
+    for length in (1, frames):
+        argv = [*SMALL.split(), "--dataset", str(tmp_path), "--validation_fraction=0.25"]
+        argv += [f"--track_length={length}", "--output_dir", str(tmp_path / "out")]
+        job = ImageJob(*parse({}, {}, None, argv))
+        parts = [number_of[rows[NUMBER][:]] for rows in (job.rows.train, job.rows.validation)]
+        assert sum(map(len, parts)) == len(shown)
+        divided[length] = len(np.intersect1d(*parts)) / len(digits)
+        sizes[length] = len(parts[1]) / len(shown)
+        assert set(job.rows.train["label"]) == set(job.rows.validation["label"]) == {*range(10)}
+    assert divided[1] > 0.7 and divided[frames] < 0.1
+    assert sizes[1] == 0.25 and abs(sizes[frames] - 0.25) < 0.05
+
+
+def test_a_class_of_one_track_is_trained_on_and_validated(tmp_path, data):
+    argv = [*SMALL.split(), "--dataset", data, "--validation_fraction=0.1", "--track_length=1000"]
+    job = ImageJob(*parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)]))
+    for part in (job.rows.train, job.rows.validation):
+        assert set(part["label"]) == {*range(10)}
 
 
 def test_splits_to_test_on_may_have_the_names_of_those_to_train_and_validate_on(tmp_path, data):

@@ -49,6 +49,13 @@ class ImageArguments(JobArguments):
             '{"stop": "stop", "turn left": "turn right"}; {}: none.'
         },
     )
+    track_length: int = field(
+        default=1,
+        metadata={
+            "help": "How many images show the same thing, as the frames of a video do, on average. "
+            "--validation_fraction holds out all of them or none."
+        },
+    )
     cutout: int = field(default=0, metadata={"help": "Pixels a side of Cutout's square; 0: none."})
     auto_augment: bool = field(
         default=False, metadata={"help": "AutoAugment with its policy for CIFAR-10."}
@@ -57,7 +64,7 @@ class ImageArguments(JobArguments):
     def __post_init__(self) -> None:
         self.model_args = _json_object("model_args", self.model_args)
         self.mirrored = _both_ways(_json_object("mirrored", self.mirrored) or {})
-        self._check_at_least_one("image_size")
+        self._check_at_least_one("image_size", "track_length")
         if self.cutout < 0:
             raise ValueError(f"--cutout must be at least 0, got {self.cutout}.")
         super().__post_init__()

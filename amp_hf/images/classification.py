@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -31,8 +33,11 @@ from .arguments import parse
 from .augment import AlternatingFlip, RandomMirror, eval_transform, train_transform
 from .backbones import build_model, origin, preprocessing
 from .data import EpochCallback, ImageDataset, as_is
+from .tracks import find_tracks
 
 logger = logging.getLogger(__name__)
+
+THUMBNAIL = (8, 8)  # pixels; enough for the light, the colours and the background
 
 
 class ImageJob(Job):
@@ -47,6 +52,20 @@ class ImageJob(Job):
             chosen.dataset, features, "image", chosen.image_column, images
         )
         return [self.image_column]
+
+    def groups(self, rows: datasets.Dataset, label_column: str) -> np.ndarray | None:
+        if self.arguments.track_length == 1:
+            return None
+        thumbnails = ImageDataset(
+            rows,
+            self.image_column,
+            label_column,
+            partial(Image.Image.resize, size=THUMBNAIL, resample=Image.Resampling.BOX),
+            nn.Identity(),
+            progress="thumbnails",
+        ).__getitems__(list(range(len(rows))))
+        pixels, labels = thumbnails["pixel_values"].numpy(), thumbnails["labels"].numpy()
+        return find_tracks(pixels, labels, self.arguments.track_length)
 
     def build_model(self) -> TimmWrapperForImageClassification:
         return build_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import datasets
@@ -137,8 +137,13 @@ def choose_rows(
     label_column: str,
     arguments: JobArguments,
     args: TrainingArguments,
+    group: Callable[[datasets.Dataset, str], np.ndarray | None],
 ) -> Rows:
     """What the arguments say of the splits and of the numbers of rows.
+
+    Args:
+        group: from rows and their label column to the number of each row's group, if there are
+            groups that must not be divided between training and validation.
 
     Raises:
         ValueError: a split is missing.
@@ -155,10 +160,15 @@ def choose_rows(
     }
     train, validation = numbered["train"], numbered.get("validation")
     if arguments.validation_fraction:
-        parts = train.train_test_split(
-            arguments.validation_fraction, stratify_by_column=label_column, seed=args.seed
-        )
-        train, validation = parts["train"], parts["test"]
+        groups, fraction = group(train, label_column), arguments.validation_fraction
+        if groups is None:
+            parts = train.train_test_split(
+                fraction, stratify_by_column=label_column, seed=args.seed
+            )
+            train, validation = parts["train"], parts["test"]
+        else:
+            held = _held_out(np.array(train[label_column][:]), groups, fraction, args.seed)
+            train, validation = (train.select(np.flatnonzero(x)) for x in (~held, held))
     tests = {name: numbered[name] for name in ["test", *arguments.eval_splits] if name in numbered}
     if "test" in tests and set(tests["test"][label_column]) <= {-1, None}:
         if args.process_index == 0:
@@ -171,6 +181,26 @@ def choose_rows(
         tests={name: _some(rows, few, seed) for name, rows in tests.items()},
         label_column=label_column,
     )
+
+
+def _held_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which rows to hold out, (n,): about a share of each class, in whole groups.
+
+    At least one group of a class remains, and at least one is held out if it has another.
+    """
+    held = np.zeros(len(labels), dtype=bool)
+    random = np.random.default_rng(seed)
+    for label in np.unique(labels):
+        numbers, sizes = np.unique(groups[labels == label], return_counts=True)
+        wanted = fraction * sizes.sum()
+        chosen: list[int] = []
+        for i in random.permutation(len(numbers))[:-1]:
+            if sizes[chosen].sum() + sizes[i] / 2 <= wanted:
+                chosen.append(int(i))
+        if not chosen and len(numbers) > 1:
+            chosen = [int(sizes.argmin())]
+        held |= np.isin(groups, numbers[chosen])
+    return held
 
 
 def _training_size(available: int, arguments: JobArguments, args: TrainingArguments) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
@@ -71,6 +72,10 @@ class Job(ABC):
     @abstractmethod
     def input_columns(self, features: datasets.Features) -> list[str]:
         """The columns that the model's input is made of; `ValueError` where there are none."""
+
+    def groups(self, rows: datasets.Dataset, label_column: str) -> np.ndarray | None:
+        """The number of each row's group, which a validation split does not divide; if any."""
+        return None
 
     @abstractmethod
     def build_model(self) -> PreTrainedModel:
@@ -141,7 +146,7 @@ class Job(ABC):
             # First the labels, so that a column of strings is not taken for the input as well.
             splits, label = with_labels(arguments.dataset, splits, arguments.label_column)
             columns = self.input_columns(next(iter(splits.values())).features)
-        return choose_rows(splits, columns, label, arguments, args)
+        return choose_rows(splits, columns, label, arguments, args, self.groups)
 
     def card_details(self) -> CardDetails:
         """What the trainer's card cannot know by itself."""
