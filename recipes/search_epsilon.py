@@ -3,9 +3,10 @@
     python recipes/search_epsilon.py --model resnet18 --from_scratch --trials 12
     python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
 
-Further arguments are those of train_cifar10.py. The stock Trainer (ε = 0), `AMPConfig()`, whose ε
-sets itself, and then every trial train on the same images from the same initial weights; the test
-set is not used. Prints the command that trains with the best of them.
+Further arguments are those of train_cifar10.py; for GTSRB, add `--augment signs --track_length 30`.
+The stock Trainer (ε = 0), `AMPConfig()`, whose ε sets itself, and then every trial train on the
+same images from the same initial weights; the test set is not used. Prints the command that trains
+with the best of them.
 """
 
 import copy

@@ -29,6 +29,7 @@ from transformers import AutoModelForImageClassification
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.compat import computes_in_bf16
 from amp_hf.images import data as image_data
+from amp_hf.images import tracks
 from amp_hf.images.arguments import ImageArguments, parse
 from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import preprocessing
@@ -493,11 +494,11 @@ def test_a_training_that_diverges_is_saved_and_ends_with_one_line(tmp_path, data
     assert (tmp_path / "model.safetensors").exists()
 
 
-def track(digit, frames, random):
+def frames_of(digit, count, random):
     """A digit as a video shows it: its light and its background are its own, and drift."""
     light, background = random.uniform(0.3, 1), random.uniform(0, 255, 3)
     strokes = np.asarray(digit, dtype=float)[..., None] / 255
-    for _ in range(frames):
+    for _ in range(count):
         light += random.normal(0, 0.01)
         image = light * (strokes * 255 + (1 - strokes) * background) + random.normal(0, 2, 3)
         yield Image.fromarray(image.clip(0, 255).astype(np.uint8))
@@ -507,7 +508,7 @@ def test_what_one_track_shows_is_not_divided_between_training_and_validation(tmp
     frames, random = 6, np.random.default_rng(0)
     digits, shown, labels, numbers = rows(0, 160), [], [], []
     for number, row in enumerate(digits):
-        shown += track(row["img"], frames, random)
+        shown += frames_of(row["img"], frames, random)
         labels += [row["label"]] * frames
         numbers += [number] * frames
     (tmp_path / "data").mkdir()
@@ -529,6 +530,20 @@ def test_what_one_track_shows_is_not_divided_between_training_and_validation(tmp
         assert set(job.rows.train["label"]) == set(job.rows.validation["label"]) == {*range(10)}
     assert divided[1] > 0.7 and divided[frames] < 0.1
     assert sizes[1] == 0.25 and abs(sizes[frames] - 0.25) < 0.05
+
+
+def test_a_dataset_with_one_image_of_each_class_is_not_divided(tmp_path, capsys):
+    parquet_folder(tmp_path, train=10, test=10)  # the digits from 0 to 9
+    words = ["--dataset", str(tmp_path), "--validation_fraction=0.5", "--track_length=2"]
+    code, line = failure(capsys, *words, "--output_dir", str(tmp_path / "out"))
+    assert code == 2 and "--validation_fraction: no class has more than one image" in line
+
+
+def test_a_class_too_large_to_compare_all_of_its_images_is_refused(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(tracks, "LARGEST", 10)
+    argv = [*SMALL.split(), "--dataset", data, "--validation_fraction=0.1", "--track_length=5"]
+    with pytest.raises(ValueError, match="up to 10 of them, and class 0 has 1"):
+        ImageJob(*parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)]))
 
 
 def test_a_class_of_one_track_is_trained_on_and_validated(tmp_path, data):

@@ -16,7 +16,6 @@ import datasets
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -33,11 +32,9 @@ from .arguments import parse
 from .augment import AlternatingFlip, RandomMirror, eval_transform, train_transform
 from .backbones import build_model, origin, preprocessing
 from .data import EpochCallback, ImageDataset, as_is
-from .tracks import find_tracks
+from .tracks import find_tracks, thumbnail
 
 logger = logging.getLogger(__name__)
-
-THUMBNAIL = (8, 8)  # pixels; enough for the light, the colours and the background
 
 
 class ImageJob(Job):
@@ -60,7 +57,7 @@ class ImageJob(Job):
             rows,
             self.image_column,
             label_column,
-            partial(Image.Image.resize, size=THUMBNAIL, resample=Image.Resampling.BOX),
+            thumbnail,
             nn.Identity(),
             progress="thumbnails",
         ).__getitems__(list(range(len(rows))))

@@ -133,12 +133,13 @@ def parse(
     if known.from_scratch:
         parser.set_defaults(**from_scratch_defaults)
         network = parser.parse_known_args(argv)[0].model
-        own = (network_defaults or {}).get(network, {})
-        if own.get("bf16"):
+        of_network = (network_defaults or {}).get(network, {})
+        if of_network.get("bf16"):
             bf16 = computes_in_bf16() and not _asks_for_a_device_or_precision(argv)
             # The Trainer takes bf16 on a CPU only where `use_cpu` says that no GPU is missing.
-            own = own | dict(bf16=bf16, use_cpu=bf16 and not torch.accelerator.is_available())
-        parser.set_defaults(**own)
+            use_cpu = bf16 and not torch.accelerator.is_available()
+            of_network = of_network | dict(bf16=bf16, use_cpu=use_cpu)
+        parser.set_defaults(**of_network)
     if known.budget is not None:
         parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
     own, args, amp_config = parser.parse_args_into_dataclasses(argv)

@@ -137,16 +137,15 @@ def choose_rows(
     label_column: str,
     arguments: JobArguments,
     args: TrainingArguments,
-    group: Callable[[datasets.Dataset, str], np.ndarray | None],
+    groups: Callable[[datasets.Dataset, str], np.ndarray | None],
 ) -> Rows:
     """What the arguments say of the splits and of the numbers of rows.
 
     Args:
-        group: from rows and their label column to the number of each row's group, if there are
-            groups that must not be divided between training and validation.
+        groups: `Job.groups`.
 
     Raises:
-        ValueError: a split is missing.
+        ValueError: a split is missing, or no row can be held out.
     """
     for argument, names in (("--dataset", ["train"]), ("--eval_splits", arguments.eval_splits)):
         if missing := [name for name in names if name not in splits]:
@@ -160,14 +159,18 @@ def choose_rows(
     }
     train, validation = numbered["train"], numbered.get("validation")
     if arguments.validation_fraction:
-        groups, fraction = group(train, label_column), arguments.validation_fraction
-        if groups is None:
+        numbers, fraction = groups(train, label_column), arguments.validation_fraction
+        if numbers is None:
             parts = train.train_test_split(
                 fraction, stratify_by_column=label_column, seed=args.seed
             )
             train, validation = parts["train"], parts["test"]
         else:
-            held = _held_out(np.array(train[label_column][:]), groups, fraction, args.seed)
+            held = _held_out(np.array(train[label_column][:]), numbers, fraction, args.seed)
+            if not held.any():
+                raise ValueError(
+                    "--validation_fraction: no class has more than one image to hold out from."
+                )
             train, validation = (train.select(np.flatnonzero(x)) for x in (~held, held))
     tests = {name: numbered[name] for name in ["test", *arguments.eval_splits] if name in numbered}
     if "test" in tests and set(tests["test"][label_column]) <= {-1, None}:
@@ -193,13 +196,12 @@ def _held_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int
     for label in np.unique(labels):
         numbers, sizes = np.unique(groups[labels == label], return_counts=True)
         wanted = fraction * sizes.sum()
+        *order, _ = random.permutation(len(numbers))
         chosen: list[int] = []
-        for i in random.permutation(len(numbers))[:-1]:
+        for i in order:
             if sizes[chosen].sum() + sizes[i] / 2 <= wanted:
-                chosen.append(int(i))
-        if not chosen and len(numbers) > 1:
-            chosen = [int(sizes.argmin())]
-        held |= np.isin(groups, numbers[chosen])
+                chosen.append(i)
+        held |= np.isin(groups, numbers[chosen or order[:1]])
     return held
 
 

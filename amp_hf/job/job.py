@@ -54,9 +54,9 @@ class Job(ABC):
         self.rows = self._load_rows(args)
         model = self.new_model(args)
         train = self.dataset("train", self.rows.train, args, model)
-        validation = self.rows.validation and self.dataset(
-            "validation", self.rows.validation, args, model
-        )
+        validation = None
+        if self.rows.validation:
+            validation = self.dataset("validation", self.rows.validation, args, model)
         self.tests = {
             name: self.dataset(f"test ({name})", rows, args, model)
             for name, rows in self.rows.tests.items()
@@ -74,7 +74,10 @@ class Job(ABC):
         """The columns that the model's input is made of; `ValueError` where there are none."""
 
     def groups(self, rows: datasets.Dataset, label_column: str) -> np.ndarray | None:
-        """The number of each row's group, which a validation split does not divide; if any."""
+        """The number of each row's group, (n,), if a validation split must not divide groups.
+
+        All rows of a group have the same label.
+        """
         return None
 
     @abstractmethod
