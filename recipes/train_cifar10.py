@@ -11,7 +11,7 @@ may come first.
 from amp_hf.images.classification import main
 
 DEFAULTS = dict(dataset="uoft-cs/cifar10", augment="objects", output_dir="outputs/cifar10")
-FROM_SCRATCH_DEFAULTS = dict(model="convnet7_objects", augment="light_objects", num_train_epochs=30)
+FROM_SCRATCH_DEFAULTS = dict(model="convnet7_objects", augment="light_objects", num_train_epochs=24)
 
 if __name__ == "__main__":
     main(DEFAULTS, FROM_SCRATCH_DEFAULTS, __doc__)

@@ -33,12 +33,15 @@ LEFT = [
 MIRRORED = {name: name.replace("left", "right") for name in SYMMETRIC + LEFT}
 
 DEFAULTS = dict(
-    dataset="tanganke/gtsrb", augment="signs", track_length=30, output_dir="outputs/gtsrb"
+    dataset="tanganke/gtsrb",
+    augment="signs",
+    mirrored=MIRRORED,
+    track_length=30,
+    output_dir="outputs/gtsrb",
 )
 FROM_SCRATCH_DEFAULTS = dict(
     model="preactresnet10_signs",
     augment="strong_signs",
-    mirrored=MIRRORED,
     num_train_epochs=24,
 )
 
