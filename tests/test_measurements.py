@@ -262,13 +262,15 @@ def test_the_tables_of_the_frontier_are_those_of_its_results():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [erm_comparison, frontier])
-def test_every_command_says_how_it_augments(script):
+def test_every_command_says_how_it_augments_and_holds_out(script):
     """The recipes have defaults of their own, which only the runs of a recipe itself take."""
     settings = [setting for setting in script.SETTINGS.values() if not setting.recipe]
     found = saved_runs(script).found["runs"]
     found = [run for run in found if not script.SETTINGS[run["setting"]].recipe]
     commands = [run["command"] for run in found if "debian_sections" not in run["command"]]
     assert all("--augment " in command for command in commands)
+    held_out = [command for command in commands if "--validation_fraction" in command]
+    assert all("--track_length 1 " in command for command in held_out)
     assert not any("strong_signs" in command for command in commands)  # mirrors, in that recipe
     images = [setting for setting in settings if setting.job is ImageJob]
     assert all("--augment " in setting.argv for setting in images)

@@ -143,7 +143,7 @@ def _untimed_table(runs: Runs, keys: Iterable[str], rows: Iterable[str]) -> str:
 
 
 def _defaults_cell(runs: Runs, key: str, name: str) -> str:
-    parts = []
+    parts, n = [], 0
     for column, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3)):
         values = runs.by_seed(key, name, column)
         if name != "ERM":
@@ -152,7 +152,7 @@ def _defaults_cell(runs: Runs, key: str, name: str) -> str:
         if values:
             scaled = [factor * value for value in values.values()]
             parts.append(mean_and_spread(scaled, digits, sign="" if name == "ERM" else "+"))
-    n = len(runs.by_seed(key, name, "nll"))
+            n = len(values)
     text = "<br>".join(parts).replace("-", "−")
     return f"{text}<br>n = {n}" if 0 < n < len(THREE) else text
 

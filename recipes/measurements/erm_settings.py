@@ -210,7 +210,7 @@ ONCE, TWICE, SMALLER_RATE = "N = 1, ζ = 1", "N = 2", "ζ = 0.1, 0.03"
 HELD_OUT = {
     HELD_OUT_ERM: Row(epsilon=0, held_out=True),
     **{
-        held_out(epsilon): Row("", epsilon, held_out=True, family=ONCE)
+        held_out(epsilon): Row(epsilon=epsilon, held_out=True, family=ONCE)
         for epsilon in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
     },
     **{
