@@ -26,6 +26,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from cost_plot import draw_costs
 from erm_settings import (
     AS_RECIPES,
     COMPARED,
@@ -121,8 +122,11 @@ def defaults_table(runs: Runs) -> str:
 
 def others_table(runs: Runs) -> str:
     """What else a user might take, beside ERM and AMP."""
-    keys = [key for key in BESIDE if any(runs.values(key, name, "nll") for name in OTHERS)]
-    return _untimed_table(runs, keys, ("ERM", "AMP()", *OTHERS))
+    return _untimed_table(runs, _beside(runs), ("ERM", *DEFAULTS, *OTHERS))
+
+
+def _beside(runs: Runs) -> list[str]:
+    return [key for key in BESIDE if any(runs.values(key, name, "nll") for name in OTHERS)]
 
 
 def recipes_table(runs: Runs) -> str:
@@ -217,6 +221,8 @@ def main() -> None:
     for table in (choice_table, results_table, defaults_table, others_table, recipes_table):
         print(f"\n{table(runs)}")
     draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))
+    if keys := _beside(runs):
+        draw_costs(runs, keys, (*RESULTS, *OTHERS), runs.path.with_name("cost.png"))
     print(f"\nSaved {runs.path}")
 
 

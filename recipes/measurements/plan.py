@@ -66,6 +66,19 @@ class Row:
     trainer: type[AMPTrainer] = AMPTrainer
     curvature: bool = False
 
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes of a training, as a multiple of ERM's."""
+        if "--budget" in self.argv:
+            per_step = float(self.argv.split()[-1])
+        elif self.epsilon == 0:
+            per_step = 1.0
+        elif self.epsilon is None and not self.chosen_epsilon:
+            per_step = 1.8  # all but the first 20 %, where the data are learnt early
+        else:
+            per_step = 2.0
+        return per_step * self.epochs
+
     def arguments(self, setting: Setting) -> str:
         """The row's part of the recipe's command line."""
         epsilon = setting.epsilon if self.chosen_epsilon else self.epsilon

@@ -33,11 +33,14 @@ def lines_of(
     for name in names:
         if runs.values(key, name, "accuracy"):
             times = [_time(runs, key, name)] if timed else []
-            lines.append(line([_label(runs, key, name), *times, *_cells(runs, key, name, columns)]))
+            lines.append(
+                line([row_label(runs, key, name), *times, *_cells(runs, key, name, columns)])
+            )
     return lines
 
 
-def _label(runs: Runs, key: str, name: str) -> str:
+def row_label(runs: Runs, key: str, name: str) -> str:
+    """The row's name, with its ε where the setting chose it."""
     chosen = runs.rows[name].chosen_epsilon
     return f"{name}, ε {runs.settings[key].epsilon:g}" if chosen else name
 
