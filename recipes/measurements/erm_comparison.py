@@ -158,7 +158,7 @@ def _defaults_cell(runs: Runs, key: str, name: str) -> str:
             parts.append(mean_and_spread(scaled, digits, sign="" if name == "ERM" else "+"))
             n = len(values)
     text = "<br>".join(parts).replace("-", "−")
-    return f"{text}<br>n = {n}" if 0 < n < len(THREE) else text
+    return f"{text}<br>n = {n}" if n not in (0, len(THREE)) else text
 
 
 def _title(key: str) -> str:
