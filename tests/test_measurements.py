@@ -7,12 +7,15 @@ import json
 import math
 import multiprocessing
 import os
+import re
 
 import benchmark_step
+import cost_plot
 import erm_comparison
 import erm_settings
 import frontier
 import language_model
+import matplotlib
 import on_gpu
 import plan
 import pytest
@@ -161,7 +164,7 @@ def test_the_average_of_the_weights_is_what_training_ends_at():
         (
             erm_comparison,
             ["--tables", "grids"],
-            "--tables knows choice, results, defaults, others, recipes, grid",
+            "--tables knows choice, results, defaults, others, doses, recipes, grid",
         ),
         (erm_comparison, ["--data", "no/such"], "Pass --data a folder of local copies"),
     ],
@@ -260,6 +263,25 @@ def test_the_tables_of_the_frontier_are_those_of_its_results():
         assert frontier.table(found, key) in text
 
 
+def test_passes_count_what_a_row_takes():
+    rows = erm_settings.ROWS
+    once, twice = ("ERM", "MixUp", "label smoothing 0.1"), ("AMP", "SAM, ρ 0.05", "ASAM, ρ 0.5")
+    assert {rows[name].passes for name in once} == {1}
+    assert {rows[name].passes for name in (*twice, "ERM, 2 × the epochs")} == {2}
+    assert {rows[name].passes for name in ("AMP()", "MixUp, AMP()")} == {1.8}
+    assert rows["budget 1.15"].passes == 1.15
+
+
+def test_the_picture_names_every_row_that_has_runs(tmp_path):
+    names, picture = ("ERM", "AMP()", "AMP", "MixUp"), tmp_path / "cost.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
+        found = saved_runs(erm_comparison)
+        cost_plot.draw_costs(found, ["gtsrb test_resnet", "cifar10 test_vit"], names, picture)
+    written = re.findall(r">([^<>]+)</text>", picture.read_text())
+    assert [written.count(name) for name in ("ERM", "AMP()", "AMP, ε 0.4")] == [6, 6, 3]
+    assert written.count("MixUp") == 3  # the second setting has no such runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [erm_comparison, frontier])
 def test_every_command_says_how_it_augments_and_holds_out(script):
@@ -342,13 +364,7 @@ def test_every_byte_but_the_first_is_predicted_from_those_before_it():
 def test_the_tables_of_the_comparison_are_those_of_its_results():
     found = saved_runs(erm_comparison)
     text = (MEASUREMENTS / "README.md").read_text()
-    for table in (
-        erm_comparison.choice_table,
-        erm_comparison.results_table,
-        erm_comparison.defaults_table,
-        erm_comparison.others_table,
-        erm_comparison.recipes_table,
-    ):
+    for table in erm_comparison.TO_PRINT:
         assert table(found) in text
     for key in erm_comparison.COMPARED:
         accuracy = {

@@ -11,6 +11,7 @@ all-MiniLM-L6-v2. Several processes may write to the same file, each with its ow
     choice      choose ε for AMP at every step, on a fifth of the training set, held out
     results     compare on the official test sets
     defaults    one setting for every network and every schedule, long and short
+    doses       whether the default's dose is too much, where it loses or epochs are few
     recipes     train_gtsrb.py and train_cifar10.py from scratch, as they are
     others      what else a user might take, and AMP() together with it
     grid        how ε, ζ and N behave, on held-out images
@@ -18,7 +19,7 @@ all-MiniLM-L6-v2. Several processes may write to the same file, each with its ow
 
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from erm_settings import (
     AS_RECIPES,
     COMPARED,
     DEFAULTS,
+    DOSES,
     FURTHER,
     HELD_OUT,
     HELD_OUT_ERM,
@@ -66,6 +68,7 @@ STYLES = {
 EVERYWHERE = [*SCHEDULES, "gtsrb resnet18", *FURTHER]
 UNTUNED = [name for name in (RESULTS | OTHERS) if not ROWS[name].chosen_epsilon]
 BESIDE = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
+DOSED = ("digits test_vit", "texts language model", "gtsrb efficientnet")
 
 # Of each table: its seeds, its settings and rows.
 THREE = [10, 11, 12]
@@ -74,6 +77,7 @@ TABLES = {
     "results": (THREE, [(key, name) for name in RESULTS for key in COMPARED]),
     "defaults": (THREE, [(key, name) for name in ("ERM", *DEFAULTS) for key in EVERYWHERE]),
     "others": (THREE, [(key, name) for name in OTHERS for key in BESIDE]),
+    "doses": (range(10, 15), [(key, name) for name in ("ERM", "AMP()", *DOSES) for key in DOSED]),
     "recipes": (THREE, [(key, name) for name in UNTUNED for key in AS_RECIPES]),
     "grid": ([0], [(key, name) for name in GRID_ROWS for key in GRID]),
 }
@@ -112,12 +116,12 @@ def choice_table(runs: Runs) -> str:
 
 def defaults_table(runs: Runs) -> str:
     """ERM, and the others' differences to ERM with the same seed: accuracy in points, NLL, ECE."""
-    lines = [f"| | ERM | {' | '.join(DEFAULTS)} |", "|---" * (2 + len(DEFAULTS)) + "|"]
-    for key in EVERYWHERE:
-        if runs.values(key, "ERM", "nll"):
-            cells = (_defaults_cell(runs, key, name) for name in ("ERM", *DEFAULTS))
-            lines.append(line([_title(key), *cells]))
-    return "\n".join(lines)
+    return _differences(runs, EVERYWHERE, DEFAULTS)
+
+
+def doses_table(runs: Runs) -> str:
+    """The same, for smaller doses."""
+    return _differences(runs, DOSED, ("AMP()", *DOSES))
 
 
 def others_table(runs: Runs) -> str:
@@ -146,7 +150,16 @@ def _untimed_table(runs: Runs, keys: Iterable[str], rows: Iterable[str]) -> str:
     return "\n".join(head + lines if lines else ())
 
 
-def _defaults_cell(runs: Runs, key: str, name: str) -> str:
+def _differences(runs: Runs, keys: Iterable[str], names: Sequence[str]) -> str:
+    lines = [f"| | ERM | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for key in keys:
+        if runs.values(key, "ERM", "nll"):
+            cells = (_difference(runs, key, name) for name in ("ERM", *names))
+            lines.append(line([_title(key), *cells]))
+    return "\n".join(lines)
+
+
+def _difference(runs: Runs, key: str, name: str) -> str:
     parts, n = [], 0
     for column, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3)):
         values = runs.by_seed(key, name, column)
@@ -195,6 +208,16 @@ def draw_grid(runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
+TO_PRINT = (
+    choice_table,
+    results_table,
+    defaults_table,
+    doses_table,
+    others_table,
+    recipes_table,
+)
+
+
 @dataclass
 class ComparisonArguments(RunArguments):
     tables: list[str] = field(
@@ -218,7 +241,7 @@ def main() -> None:
                 runs.time(cells)
     except ValueError as error:
         sys.exit(f"erm_comparison.py: error: {error}")
-    for table in (choice_table, results_table, defaults_table, others_table, recipes_table):
+    for table in TO_PRINT:
         print(f"\n{table(runs)}")
     draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))
     if keys := _beside(runs):

@@ -234,7 +234,9 @@ OTHERS = {
     "MixUp, AMP()": Row(trainer=MixedUp),
     "average of the weights, AMP()": Row(trainer=Averaged),
 }
-ROWS = RESULTS | OTHERS | HELD_OUT
+# Half and a quarter of the default's dose.
+DOSES = {f"AMP(), rise {rise}": Row(f"--rise {rise}") for rise in (0.1, 0.05)}
+ROWS = RESULTS | OTHERS | DOSES | HELD_OUT
 
 # The radii that held-out images chose from.
 TRIED = {
