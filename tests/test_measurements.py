@@ -22,7 +22,7 @@ import pytest
 import runs
 import torch
 import variants
-from images import parquet_folder
+from images import parquet_folder, rows
 from processes import FORKS
 from scripts import RECIPES, error_of, main_of
 from texts import csv_folder, save_encoder
@@ -334,6 +334,23 @@ def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monk
     gains = [b - a for a, b in zip(erm, budget)]
     assert f"<br>{sum(gains) / 2:+.3f} ± ".replace("-", "−") in out
     assert (tmp_path / "erm_comparison_grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipe_is_tested_on_corrupted_images_too(tmp_path, monkeypatch, capsys):
+    folder = parquet_folder(tmp_path / "gtsrb", train=33, test=20)
+    for name in plan.CORRUPTIONS:
+        rows(200, 220).to_parquet(f"{folder}/data/{name}-00000-of-00001.parquet")
+    key = "gtsrb recipe"
+    setting = dataclasses.replace(erm_comparison.SETTINGS[key], network="test_resnet", epochs=1)
+    monkeypatch.setitem(erm_comparison.SETTINGS, key, setting)
+    words = ["--data", tmp_path, "--output", tmp_path / "out.json", "--tables", "recipes"]
+    words += ["--settings", key, "--rows", "ERM", "--seeds", 0]
+    main_of(erm_comparison, monkeypatch, *words)
+    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [*run["corruptions"]] == [*plan.CORRUPTIONS]
+    assert run["corrupted"] == pytest.approx(sum(run["corruptions"].values()) / 7)
+    assert f"| ERM | {100 * run['accuracy']:.2f} | " in (out := capsys.readouterr().out)
+    assert f" | {100 * run['corrupted']:.1f} | 1 |" in out
 
 
 @pytest.mark.parametrize("key", ["texts minilm", "texts lora", "texts language model"])

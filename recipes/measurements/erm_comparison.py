@@ -68,6 +68,7 @@ STYLES = {
 EVERYWHERE = [*SCHEDULES, "gtsrb resnet18", *FURTHER]
 UNTUNED = [name for name in (RESULTS | OTHERS) if not ROWS[name].chosen_epsilon]
 BESIDE = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
+UNTIMED = {"accuracy": "accuracy, %", "nll": "NLL", "scaled_nll": "NLL, scaled", "ece": "ECE"}
 DOSED = ("digits test_vit", "texts language model", "gtsrb efficientnet")
 
 # Of each table: its seeds, its settings and rows.
@@ -135,18 +136,19 @@ def _beside(runs: Runs) -> list[str]:
 
 def recipes_table(runs: Runs) -> str:
     """The recipes as they are, and with everything else in AMP's place."""
-    return _untimed_table(runs, AS_RECIPES, UNTUNED)
+    more = {"corrupted": "accuracy on corrupted images, %"}
+    return _untimed_table(runs, AS_RECIPES, UNTUNED, UNTIMED | more)
 
 
-def _untimed_table(runs: Runs, keys: Iterable[str], rows: Iterable[str]) -> str:
+def _untimed_table(
+    runs: Runs, keys: Iterable[str], rows: Iterable[str], columns: dict[str, str] = UNTIMED
+) -> str:
     """Mean ± standard deviation over seeds."""
     lines = []
     for key in keys:
-        if found := lines_of(
-            runs, key, rows, ("accuracy", "nll", "scaled_nll", "ece"), timed=False
-        ):
-            lines += [f"| **{_title(key)}** | | | | | |", *found]
-    head = ["| | accuracy, % | NLL | NLL, scaled | ECE | n |", "|---|---|---|---|---|---|"]
+        if found := lines_of(runs, key, rows, columns, timed=False):
+            lines += [f"| **{_title(key)}** |{' |' * (1 + len(columns))}", *found]
+    head = [f"| {line([*columns.values(), 'n'])}", f"|{'---|' * (2 + len(columns))}"]
     return "\n".join(head + lines if lines else ())
 
 

@@ -175,6 +175,7 @@ AS_RECIPES = {
         24,
         recipe=True,
         curvature=False,
+        corrupted=True,
     ),
     "cifar10 recipe": Setting(
         "CIFAR-10, all 50,000 images, augmented, 24 epochs",

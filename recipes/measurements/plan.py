@@ -11,6 +11,16 @@ from amp_hf.job.job import Job
 CIFAR10, GTSRB = "uoft-cs/cifar10", "tanganke/gtsrb"
 DIGITS = "digits"  # those of train_digits.py
 SECTIONS = "debian_sections"  # descriptions of Debian packages; not on the Hub
+# Test splits of the Hub's copy of GTSRB; corrupted_gtsrb.py makes them for another copy.
+CORRUPTIONS = (
+    "contrast",
+    "gaussian_noise",
+    "impulse_noise",
+    "jpeg_compression",
+    "motion_blur",
+    "pixelate",
+    "spatter",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class Setting:
         recipe: train as the dataset's recipe does by itself, but for what `argv` says.
         job: the class that trains it.
         curvature: measure the Hessian, in rows that ask for it.
+        corrupted: test on `CORRUPTIONS`, too.
     """
 
     title: str
@@ -41,6 +52,7 @@ class Setting:
     recipe: bool = False
     job: type[Job] = ImageJob
     curvature: bool = True
+    corrupted: bool = False
 
 
 @dataclass(frozen=True)

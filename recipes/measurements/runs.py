@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 from language_model import LanguageModelJob, predicted_tokens
-from plan import DIGITS, GTSRB, SECTIONS, Row, RunArguments, Setting, check_names
+from plan import CORRUPTIONS, DIGITS, GTSRB, SECTIONS, Row, RunArguments, Setting, check_names
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
@@ -118,7 +118,9 @@ class Runs:
             model = f"--model {setting.network}"
         epochs = f"--num_train_epochs {setting.epochs * row.epochs:g}"
         own = row.arguments(setting)
-        return f"{model} {setting.argv} {epochs} --seed {seed} {own} --save_strategy no".split()
+        splits = f"--eval_splits {' '.join(CORRUPTIONS)}" if setting.corrupted else ""
+        words = f"{model} {setting.argv} {epochs} --seed {seed} {own} {splits} --save_strategy no"
+        return words.split()
 
     def _chosen(self, cells: Cells) -> list[tuple[str, str]]:
         settings = self.options.settings or self.settings
@@ -171,6 +173,12 @@ class Runs:
             "seconds": seconds,
             "command": self._command(key, name, seed),
         }
+        if setting.corrupted:
+            accuracies = {
+                name: compute_metrics(trainer.predict(job.tests[name]))["accuracy"]
+                for name in CORRUPTIONS
+            }
+            result |= {"corruptions": accuracies, "corrupted": statistics.mean(accuracies.values())}
         if row.curvature and setting.curvature:
             images = job.unaugmented(trainer.train_dataset, trainer.model)
             surface = LossSurface.of(trainer, images, seed=seed, max_samples=CURVATURE_SAMPLES)

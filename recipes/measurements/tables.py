@@ -8,6 +8,7 @@ from runs import Runs
 # Factor, and digits after the point.
 _FORMATS = {
     "accuracy": (100, 2),
+    "corrupted": (100, 1),
     "nll": (1, 3),
     "scaled_nll": (1, 3),
     "ece": (1, 3),

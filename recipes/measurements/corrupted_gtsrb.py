@@ -1,0 +1,54 @@
+"""Writes a copy of GTSRB with seven corrupted test splits, named as those of the Hub's copy.
+
+    pip install imagecorruptions 'setuptools<81'
+    python recipes/measurements/corrupted_gtsrb.py --dataset path/to/gtsrb --output path/to/copy
+
+The functions are ImageNet-C's (Hendrycks and Dietterich, arXiv 1903.12261), as the package
+imagecorruptions has them. The Hub's splits are not made by this script, and differ.
+"""
+
+import argparse
+import os
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+from imagecorruptions import corrupt
+from plan import CORRUPTIONS, GTSRB
+
+
+def corrupted(rows: datasets.Dataset, name: str, severity: int) -> datasets.Dataset:
+    """`rows` with each image corrupted; the same for the same image, name and severity."""
+
+    def one(row: dict, number: int) -> dict:
+        np.random.seed(zlib.crc32(f"{name} {number}".encode()))  # imagecorruptions takes no seed
+        pixels = np.array(row["image"].convert("RGB"))
+        return {"image": corrupt(pixels, severity=severity, corruption_name=name)}
+
+    return rows.map(
+        one, with_indices=True, features=rows.features, num_proc=os.cpu_count(), desc=name
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default=GTSRB, help="a Hub id or a folder")
+    parser.add_argument("--output", required=True, help="a folder, which is created")
+    parser.add_argument("--severity", type=int, default=3, choices=range(1, 6))
+    options = parser.parse_args()
+    splits = datasets.load_dataset(options.dataset)
+    folder = Path(options.output, "data")  # where datasets looks for splits of any name
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "test"):
+        splits[name].to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    for name in CORRUPTIONS:
+        rows = corrupted(splits["test"], name, options.severity)
+        rows.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    print(f"Saved {options.output}: train, test, {', '.join(CORRUPTIONS)}")
+
+
+if __name__ == "__main__":
+    main()
