@@ -353,6 +353,19 @@ def test_a_recipe_is_tested_on_corrupted_images_too(tmp_path, monkeypatch, capsy
     assert f" | {100 * run['corrupted']:.1f} | 1 |" in out
 
 
+def test_a_copy_without_corrupted_images_leaves_out_the_recipe_and_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    parquet_folder(tmp_path / "gtsrb", train=33, test=20)
+    (tmp_path / "cifar10").mkdir()
+    words = ["--data", tmp_path, "--output", tmp_path / "out.json", "--tables", "recipes"]
+    remedy = "has no corrupted test splits. Make a copy that has them with recipes/measurements/"
+    error = error_of(erm_comparison, monkeypatch, *words, "--settings", "gtsrb recipe")
+    assert remedy in error
+    main_of(erm_comparison, monkeypatch, *words, "--rows", "AMP", "--seeds", 0)
+    assert f"gtsrb recipe: left out. {tmp_path}/gtsrb {remedy}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key", ["texts minilm", "texts lora", "texts language model"])
 def test_the_comparison_trains_on_texts(tmp_path, monkeypatch, key):
     csv_folder(tmp_path / "debian_sections")

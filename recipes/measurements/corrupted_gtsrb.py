@@ -9,6 +9,7 @@ imagecorruptions has them. The Hub's splits are not made by this script, and dif
 
 import argparse
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import datasets
 import numpy as np
 from imagecorruptions import corrupt
 from plan import CORRUPTIONS, GTSRB
+
+from amp_hf.job.data import load_splits
 
 
 def corrupted(rows: datasets.Dataset, name: str, severity: int) -> datasets.Dataset:
@@ -39,9 +42,14 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="a folder, which is created")
     parser.add_argument("--severity", type=int, default=3, choices=range(1, 6))
     options = parser.parse_args()
-    splits = datasets.load_dataset(options.dataset)
     folder = Path(options.output, "data")  # where datasets looks for splits of any name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        splits = load_splits(options.dataset)
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        sys.exit(f"corrupted_gtsrb.py: error: --output: {folder} exists. Name a new folder.")
+    except ValueError as error:
+        sys.exit(f"corrupted_gtsrb.py: error: {error}")
     for name in ("train", "test"):
         splits[name].to_parquet(folder / f"{name}-00000-of-00001.parquet")
     for name in CORRUPTIONS:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from amp_hf import AMPTrainer
 from amp_hf.images.classification import ImageJob
@@ -118,19 +119,26 @@ class RunArguments:
     def check_data(self, settings: Iterable[Setting]) -> None:
         for setting in settings:
             name = setting.dataset
-            if self.settings and not self.has_data(setting):
-                raise ValueError(
-                    f"--settings: {name} is not on the Hub. Pass --data a folder that holds it."
-                )
+            if self.settings and (lack := self.lack(setting)):
+                raise ValueError(f"--settings: {lack}")
             if self.data and name not in (DIGITS, SECTIONS) and self.source(name) == name:
                 raise ValueError(
                     f"--data {self.data} has no folder {_folder(name)!r}. Pass --data a folder of "
                     "local copies, or leave it out to take the data sets from the Hub."
                 )
 
-    def has_data(self, setting: Setting) -> bool:
-        """Whether the data set is on the Hub, or else in `data`."""
-        return setting.dataset != SECTIONS or self.source(SECTIONS) != SECTIONS
+    def lack(self, setting: Setting) -> str:
+        """What of the setting's data is out of reach, and what to do; empty if nothing is."""
+        source = self.source(setting.dataset)
+        if source == SECTIONS:
+            return f"{SECTIONS} is not on the Hub. Pass --data a folder that holds it."
+        local = source != setting.dataset
+        if local and setting.corrupted and not any(Path(source).glob("data/contrast-*")):
+            return (
+                f"{source} has no corrupted test splits. Make a copy that has them with "
+                "recipes/measurements/corrupted_gtsrb.py."
+            )
+        return ""
 
     def source(self, name: str) -> str:
         """Where the data set or the model is: in the folder of its local copy, or on the Hub."""

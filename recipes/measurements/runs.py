@@ -70,8 +70,8 @@ class Runs:
         """Runs what the file does not hold yet."""
         cells = list(cells)
         for key in dict.fromkeys(key for key, _ in cells):
-            if not self.options.has_data(self.settings[key]):
-                print(f"{key}: left out. Its data are not on the Hub: pass --data.")
+            if lack := self.options.lack(self.settings[key]):
+                print(f"{key}: left out. {lack}")
         chosen = self._chosen(cells)
         wanted = [(key, row, seed) for seed in self.options.seeds or seeds for key, row in chosen]
         for key, row, seed in tqdm(wanted, unit=" runs", disable=None):
@@ -128,7 +128,7 @@ class Runs:
         return [
             (key, name)
             for key, name in cells
-            if key in settings and name in rows and self.options.has_data(self.settings[key])
+            if key in settings and name in rows and not self.options.lack(self.settings[key])
         ]
 
     def _job(self, key: str, name: str, seed: int, *more: str) -> Job:
