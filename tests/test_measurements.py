@@ -38,8 +38,8 @@ MEASUREMENTS = RECIPES / "measurements"
 SMALL = "test_resnet:24:8", benchmark_step.BenchmarkArguments(workloads=["test_resnet:24:8"]), False
 
 
-def saved_runs(script, folder=MEASUREMENTS):
-    path = folder / f"{script.__name__}.json"
+def saved_runs(script, folder=MEASUREMENTS, machine=""):
+    path = folder / f"{script.__name__}{machine}.json"
     return runs.Runs(script.SETTINGS, script.ROWS, plan.RunArguments(), path)
 
 
@@ -396,6 +396,8 @@ def test_the_tables_of_the_comparison_are_those_of_its_results():
     text = (MEASUREMENTS / "README.md").read_text()
     for table in erm_comparison.TO_PRINT:
         assert table(found) in text
+    on_a_gpu = saved_runs(erm_comparison, machine="_h200")
+    assert erm_comparison.recipes_table(on_a_gpu) in text
     for key in erm_comparison.COMPARED:
         accuracy = {
             epsilon: found.values(key, erm_settings.held_out(epsilon), "accuracy")[0]

@@ -74,7 +74,7 @@ def _write_names(axis: Axes, runs: Runs, key: str, found: dict[str, list[float]]
         passes, mean = runs.rows[name].passes, statistics.mean(found[name])
         x, y = to_axes.transform((passes, mean))
         taken[passes] = y = max(y, taken.get(passes, 0.0) + APART)
-        left = passes == 1.8  # those of 2 are on the right
+        left = passes == 1.8 and any(runs.rows[other].passes == 2 for other in found)
         axis.annotate(
             row_label(runs, key, name),
             (passes, mean),

@@ -127,11 +127,11 @@ def doses_table(runs: Runs) -> str:
 
 def others_table(runs: Runs) -> str:
     """What else a user might take, beside ERM and AMP."""
-    return _untimed_table(runs, _beside(runs), ("ERM", *DEFAULTS, *OTHERS))
+    return _untimed_table(runs, _with_others(runs, BESIDE), ("ERM", *DEFAULTS, *OTHERS))
 
 
-def _beside(runs: Runs) -> list[str]:
-    return [key for key in BESIDE if any(runs.values(key, name, "nll") for name in OTHERS)]
+def _with_others(runs: Runs, keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if any(runs.values(key, name, "nll") for name in OTHERS)]
 
 
 def recipes_table(runs: Runs) -> str:
@@ -220,6 +220,10 @@ TO_PRINT = (
 )
 
 
+def _beside_file(runs: Runs, name: str) -> Path:
+    return runs.path.with_name(f"{runs.path.stem}_{name}.png")
+
+
 @dataclass
 class ComparisonArguments(RunArguments):
     tables: list[str] = field(
@@ -245,9 +249,9 @@ def main() -> None:
         sys.exit(f"erm_comparison.py: error: {error}")
     for table in TO_PRINT:
         print(f"\n{table(runs)}")
-    draw_grid(runs, runs.path.with_name(f"{runs.path.stem}_grid.png"))
-    if keys := _beside(runs):
-        draw_costs(runs, keys, (*RESULTS, *OTHERS), runs.path.with_name("cost.png"))
+    draw_grid(runs, _beside_file(runs, "grid"))
+    if keys := _with_others(runs, (*BESIDE, *AS_RECIPES)):
+        draw_costs(runs, keys, (*RESULTS, *OTHERS), _beside_file(runs, "cost"))
     print(f"\nSaved {runs.path}")
 
 

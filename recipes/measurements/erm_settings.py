@@ -168,10 +168,20 @@ FURTHER = {
 # As the recipes train from scratch by themselves. In bf16, the Hessian would be too coarse.
 AS_RECIPES = {
     "gtsrb recipe": Setting(
-        "GTSRB, all 39,209 images, augmented, 24 epochs",
+        "GTSRB, all 39,209 images at 48 px, augmented, 24 epochs",
         GTSRB,
         "preactresnet10_signs",
         "",
+        24,
+        recipe=True,
+        curvature=False,
+        corrupted=True,
+    ),
+    "gtsrb recipe, 32 px": Setting(
+        "GTSRB, all 39,209 images, augmented, 24 epochs",
+        GTSRB,
+        "preactresnet10_signs",
+        "--image_size 32",
         24,
         recipe=True,
         curvature=False,
