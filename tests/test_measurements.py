@@ -396,7 +396,7 @@ def test_the_tables_of_the_comparison_are_those_of_its_results():
     text = (MEASUREMENTS / "README.md").read_text()
     for table in erm_comparison.TO_PRINT:
         assert table(found) in text
-    on_a_gpu = saved_runs(erm_comparison, machine="_h200")
+    on_a_gpu = saved_runs(erm_comparison, machine="_gpu")
     assert erm_comparison.recipes_table(on_a_gpu) in text
     for key in erm_comparison.COMPARED:
         accuracy = {

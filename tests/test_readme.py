@@ -75,7 +75,7 @@ def measured(file):
 @pytest.mark.parametrize("number", range(len(LINES)))
 def test_the_first_table_has_the_measured_numbers(number):
     on_a_gpu = LINES[number] in ON_A_GPU
-    found = measured("erm_comparison_h200" if on_a_gpu else "erm_comparison")
+    found = measured("erm_comparison_gpu" if on_a_gpu else "erm_comparison")
     digits = 2 if on_a_gpu else 1
     found += [
         run | SHORT

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from imagecorruptions import corrupt
 from plan import CORRUPTIONS, GTSRB
 
 from amp_hf.job.data import load_splits
+
+try:
+    from imagecorruptions import corrupt
+except ImportError as error:
+    remedy = "Run: pip install imagecorruptions 'setuptools<81'"
+    sys.exit(f"corrupted_gtsrb.py: error: {error}. {remedy}")
 
 
 def corrupted(rows: datasets.Dataset, name: str, severity: int) -> datasets.Dataset:

@@ -59,10 +59,14 @@ def jobs(data: str | None) -> dict[str, list[str]]:
     benchmark = [str(HERE / "benchmark_step.py")]
     large = ["--workloads", "vit_small_patch16_224:224:64", "resnet50:224:64"]
     own = ["--trainers", "AMPTrainer", "AMPTrainer, reusing Δ"]
+    beside = [str(HERE / "erm_comparison.py"), "--output", str(HERE / "erm_comparison_gpu.json")]
+    beside += ["--tables", "recipes", "--settings", "cifar10 recipe", "--rounds", "0"]
+    beside += ["--data", data] if data else []
     return {
         "tests": ["-m", "pytest", str(recipes.parent / "tests"), "-m", "gpu", "-q"],
         "step, bf16": [*benchmark, *large, *own, "--bf16"],
         "step": benchmark,
+        "CIFAR-10's recipe beside the alternatives": beside,
         "CIFAR-10, ERM": training("cifar10", f"{PREACT} --epsilon 0"),
         "CIFAR-10, AMP()": training("cifar10", PREACT),
         "CIFAR-10, AMP as released": training("cifar10", f"{PREACT} --ball tensor --epsilon 0.5"),
