@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Networks for images of 32 pixels, registered with timm: the AMP paper's, and small-image ResNets.
+"""Networks for small images, registered with timm: the AMP paper's, and small-image ResNets.
 
     import amp_hf.images.models, timm
 
@@ -462,7 +462,7 @@ def resnet101_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
 def preactresnet10_signs(pretrained: bool = False, **kwargs: Any) -> SignResNet:
     """A basic block in each of four stages, 1.2 million parameters.
 
-    18 million multiply-adds for 32 pixels a side, 40 million for 48.
+    18 million multiply-adds for 32 pixels a side, 41 million for 48.
     """
     args: dict[str, Any] = dict(layers=[1, 1, 1, 1], channels=(32, 64, 128, 256))
     return build_model_with_cfg(

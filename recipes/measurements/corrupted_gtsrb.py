@@ -8,6 +8,7 @@ imagecorruptions has them. The Hub's splits are not made by this script, and dif
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import zlib
@@ -19,15 +20,10 @@ from plan import CORRUPTIONS, GTSRB
 
 from amp_hf.job.data import load_splits
 
-try:
-    from imagecorruptions import corrupt
-except ImportError as error:
-    remedy = "Run: pip install imagecorruptions 'setuptools<81'"
-    sys.exit(f"corrupted_gtsrb.py: error: {error}. {remedy}")
-
 
 def corrupted(rows: datasets.Dataset, name: str, severity: int) -> datasets.Dataset:
     """`rows` with each image corrupted; the same for the same image, name and severity."""
+    from imagecorruptions import corrupt
 
     def one(row: dict, number: int) -> dict:
         np.random.seed(zlib.crc32(f"{name} {number}".encode()))  # imagecorruptions takes no seed
@@ -47,6 +43,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="a folder, which is created")
     parser.add_argument("--severity", type=int, default=3, choices=range(1, 6))
     options = parser.parse_args()
+    if importlib.util.find_spec("imagecorruptions") is None:
+        sys.exit(
+            "corrupted_gtsrb.py: error: a package is missing. Run: pip install imagecorruptions "
+            "'setuptools<81'"
+        )
     folder = Path(options.output, "data")  # where datasets looks for splits of any name
     try:
         splits = load_splits(options.dataset)

@@ -13,6 +13,7 @@ all-MiniLM-L6-v2. Several processes may write to the same file, each with its ow
     defaults    one setting for every network and every schedule, long and short
     doses       whether the default's dose is too much, where it loses or epochs are few
     recipes     train_gtsrb.py and train_cifar10.py from scratch, as they are
+                (GTSRB's at 32 pixels, too)
     others      what else a user might take, and AMP() together with it
     grid        how ε, ζ and N behave, on held-out images
 """

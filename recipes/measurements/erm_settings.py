@@ -178,7 +178,7 @@ AS_RECIPES = {
         corrupted=True,
     ),
     "gtsrb recipe, 32 px": Setting(
-        "GTSRB, all 39,209 images, augmented, 24 epochs",
+        "GTSRB, all 39,209 images at 32 px, augmented, 24 epochs",
         GTSRB,
         "preactresnet10_signs",
         "--image_size 32",

@@ -3,8 +3,8 @@
     python recipes/measurements/on_gpu.py --minutes 25 --data path/to/copies
 
 Goes through `jobs` in their order and writes into on_gpu.json what it has finished, which it then
-leaves out. What the time cuts off goes on where it was: a training from its last checkpoint,
-anything else from its beginning.
+leaves out. What the time cuts off goes on where it was: a training from its last checkpoint, the
+comparison with its next run, anything else from its beginning.
 """
 
 import contextlib

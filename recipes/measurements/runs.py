@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from language_model import LanguageModelJob, predicted_tokens
 from plan import CORRUPTIONS, DIGITS, GTSRB, SECTIONS, Row, RunArguments, Setting, check_names
@@ -172,6 +173,8 @@ class Runs:
             "scaled_ece": scaled["ece"],
             "seconds": seconds,
             "command": self._command(key, name, seed),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "torch": torch.__version__,
         }
         if setting.corrupted:
             accuracies = {
