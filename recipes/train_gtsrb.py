@@ -37,11 +37,13 @@ DEFAULTS = dict(
     augment="signs",
     mirrored=MIRRORED,
     track_length=30,
+    learning_rate=0.05,
     output_dir="outputs/gtsrb",
 )
 FROM_SCRATCH_DEFAULTS = dict(
     model="preactresnet10_signs",
     augment="strong_signs",
+    learning_rate=0.1,
     num_train_epochs=24,
 )
 

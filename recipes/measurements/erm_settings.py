@@ -121,7 +121,8 @@ FURTHER = {
         "GTSRB, 500 images at 64 px, pretrained, 20 epochs",
         GTSRB,
         LITE,
-        f"--image_size 64 {SMALL_BATCH} --max_train_samples 500 --max_eval_samples 4000 {PLAIN}",
+        f"--image_size 64 --learning_rate 0.01 {SMALL_BATCH} --max_train_samples 500 "
+        f"--max_eval_samples 4000 {PLAIN}",
         20,
         pretrained=True,
         curvature=False,
