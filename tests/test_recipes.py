@@ -278,6 +278,13 @@ def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
     assert rate("--from_scratch", "--learning_rate=0.5") == ("light_objects", 0.5)
     assert rate("--from_scratch", "--model=resnet18") == ("light_objects", 0.1)
     assert rate() == ("objects", 0.01)
+    # Signs are fine-tuned at a rate of their own, and one network sees them at 48 pixels.
+    assert rate(recipe=train_gtsrb) == ("signs", 0.05)
+    assert rate("--from_scratch", recipe=train_gtsrb) == ("strong_signs", 0.1)
+    for words, size in (([], 48), (["--model=test_resnet"], 32), (["--image_size=40"], 40)):
+        argv = ["--from_scratch", *words, "--output_dir", str(tmp_path)]
+        recipe = train_gtsrb.DEFAULTS, train_gtsrb.FROM_SCRATCH_DEFAULTS
+        assert parse(*recipe, None, argv)[0].image_size == size
     # The network for objects, on signs, of which a flip makes others.
     words = ["--from_scratch", "--model=convnet7_objects"]
     assert rate(*words, recipe=train_gtsrb) == ("strong_signs", 0.75)

@@ -31,7 +31,7 @@ import datasets
 import numpy as np
 import torch
 from alternatives import ALTERNATIVES, CYCLE, RADIUS, SGD, ClosureTrainer
-from meters import Clock, PeakMemory
+from meters import Clock, PeakMemory, machine
 from PIL import Image
 from plan import check_names
 from tqdm.auto import tqdm
@@ -243,19 +243,14 @@ def main() -> None:
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         sys.exit(f"benchmark_step.py: error: {error}")
-    machine = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     results = []
     for workload in options.workloads:
         results.append(measure(workload, options))
         show(results[-1])
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(machine | asdict(options) | {"results": results}, file, indent=2)
+            json.dump(machine() | asdict(options) | {"results": results}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ TO_PRINT = (
 )
 
 
-def _beside_file(runs: Runs, name: str) -> Path:
+def _picture(runs: Runs, name: str) -> Path:
     return runs.path.with_name(f"{runs.path.stem}_{name}.png")
 
 
@@ -250,9 +250,9 @@ def main() -> None:
         sys.exit(f"erm_comparison.py: error: {error}")
     for table in TO_PRINT:
         print(f"\n{table(runs)}")
-    draw_grid(runs, _beside_file(runs, "grid"))
+    draw_grid(runs, _picture(runs, "grid"))
     if keys := _with_others(runs, (*BESIDE, *AS_RECIPES)):
-        draw_costs(runs, keys, (*RESULTS, *OTHERS), _beside_file(runs, "cost"))
+        draw_costs(runs, keys, (*RESULTS, *OTHERS), _picture(runs, "cost"))
     print(f"\nSaved {runs.path}")
 
 

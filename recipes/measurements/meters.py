@@ -1,4 +1,4 @@
-"""How long a Trainer's steps take, and how much memory, for benchmark_step.py."""
+"""How long a Trainer's steps take, how much memory, and on what machine."""
 
 import statistics
 import time
@@ -6,6 +6,14 @@ import time
 import numpy as np
 import torch
 from transformers import TrainerCallback
+
+
+def machine() -> dict[str, str | int]:
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 class Clock(TrainerCallback):

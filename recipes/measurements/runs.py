@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from language_model import LanguageModelJob, predicted_tokens
+from meters import machine
 from plan import CORRUPTIONS, DIGITS, GTSRB, SECTIONS, Row, RunArguments, Setting, check_names
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
@@ -173,8 +173,7 @@ class Runs:
             "scaled_ece": scaled["ece"],
             "seconds": seconds,
             "command": self._command(key, name, seed),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "torch": torch.__version__,
+            **machine(),
         }
         if setting.corrupted:
             accuracies = {
