@@ -7,11 +7,12 @@ loss by about as much. So the rise is held at a target, and ε is what it takes:
     target  = rise · learnt^min(20, (40 / epochs)^4) / (1 + 10 · bend)
     ε       ← ε · (target / (loss(θ + Δ) − loss(θ)))^0.2
 
-What a training sees 60 times it is likely to learn by heart, and it is perturbed long before that.
-What it sees 20 times or fewer it may never learn by heart; it is perturbed only once nearly all is
+What a network learns first is what its data have in common, and a perturbation is in the way of
+that. So a step is plain until two thirds of the loss are gone, and in the first 20 % in any case.
+What a training sees 60 times it is likely to learn by heart, and from there on it is perturbed. What
+it sees 20 times or fewer it may never learn by heart; it is perturbed only once nearly all is
 learnt, since before that a perturbation just slows it down. A step whose target is next to nothing
-is plain, and so are the first 20 %: what a network learns there is what its data have in common,
-and a perturbation is in the way of that.
+is plain, too.
 
 `bend` is how much more than an exponential the loss rises along Δ: near 0 for the convolutional
 networks that it was found with, 0.3 for small transformers on few images, for which 0.1 nats are
@@ -25,6 +26,7 @@ import math
 from dataclasses import dataclass
 
 START = 0.2  # share of the training before the first ascent
+_LEARNT = 2 / 3  # of the first loss, which is gone before the first ascent
 _EPOCHS = 40  # of a training whose target is in proportion to what has been learnt
 _STEEPEST = 20.0  # exponent of what has been learnt, in shorter ones
 _LEAST = 0.05  # share of the rise, below which a step is plain
@@ -67,7 +69,7 @@ class Radius:
             return 0.0
         learnt = min(1.0, max(0.0, 1 - self.loss / self.first_loss))
         share = learnt ** min(_STEEPEST, (_EPOCHS / epochs) ** 4)
-        if share < _LEAST:
+        if learnt < _LEARNT or share < _LEAST:
             return 0.0
         return share * min(rise, _SHARE * self.first_loss) / (1 + _CAUTION * max(0.0, self.bend))
 

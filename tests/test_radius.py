@@ -42,18 +42,24 @@ def after(*losses, epsilon=None):
 
 
 def test_the_target_grows_as_the_loss_falls_and_is_whole_where_it_is_zero():
-    targets = [Radius(None, 3.0, loss).target(0.1, 40, 0.5) for loss in (3.0, 2.0, 1.0, 0.0)]
-    assert targets == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
+    targets = [Radius(None, 3.0, loss).target(0.1, 40, 0.5) for loss in (3.0, 0.9, 0.3, 0.0)]
+    assert targets == pytest.approx([0.0, 0.07, 0.09, 0.1])
+
+
+def test_nothing_is_perturbed_until_two_thirds_of_the_loss_are_gone():
+    for epochs in (1, 40, 1000):
+        assert Radius(None, 3.0, 1.01).target(0.1, epochs, 0.99) == 0.0
+    assert Radius(None, 3.0, 0.99).target(0.1, 1000, 0.99) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_the_target_of_a_short_training_waits_until_nearly_all_is_learnt():
-    half, most = Radius(None, 3.0, 1.5), Radius(None, 3.0, 0.6)
-    assert half.target(0.1, 80, 0.5) == pytest.approx(0.1 * 0.5 ** (1 / 16))
+    some, most = Radius(None, 3.0, 0.9), Radius(None, 3.0, 0.6)
+    assert some.target(0.1, 80, 0.5) == pytest.approx(0.1 * 0.7 ** (1 / 16))
     assert most.target(0.1, 32, 0.5) == pytest.approx(0.1 * 0.8 ** (1.25**4))
     learnt = Radius(None, 3.0, 0.3)
     for epochs in (1, 5, 18):
         assert learnt.target(0.1, epochs, 0.5) == pytest.approx(0.1 * 0.9**20)
-    assert half.target(0.1, 1, 0.5) == 0.0  # a millionth of it: not worth a pass
+    assert some.target(0.1, 1, 0.5) == 0.0  # a thousandth of it: not worth a pass
     assert Radius(None, 3.0, 0.05).target(0.1, 1, 0.5) > 0
 
 
@@ -227,7 +233,7 @@ def test_the_loss_rises_by_the_target(tmp_path):
     options |= dict(save_strategy="steps", save_steps=200)
     trainer = train(make(), tmp_path, ITSELF, data=digits()[:128], **options)
     rises = logged(trainer, "amp/sharpness")
-    assert len(rises) > 100
+    assert len(rises) > 50
     radius = trainer.state.stateful_callbacks["amp_hf"]
     assert radius["progress"]["ascent_steps"] == len(rises)
     last = trainer.state.log_history[-2]
