@@ -9,8 +9,8 @@ loss by about as much. So the rise is held at a target, and ε is what it takes:
 
 What a network learns first is what its data have in common, and a perturbation is in the way of
 that. So a step is plain until two thirds of the loss are gone, and in the first 20 % in any case.
-What a training sees 60 times it is likely to learn by heart, and from there on it is perturbed. What
-it sees 20 times or fewer it may never learn by heart; it is perturbed only once nearly all is
+What a training sees 60 times it is likely to learn by heart, and from there on it is perturbed.
+What it sees 20 times or fewer it may never learn by heart; it is perturbed only once nearly all is
 learnt, since before that a perturbation just slows it down. A step whose target is next to nothing
 is plain, too.
 
