@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,34 @@ Count = Tensor | int | None  # what the Trainer calls `num_items_in_batch`
 
 
 @dataclass(frozen=True)
+class LossKind:
+    """What the parent's loss is beside the mean over its micro-batch.
+
+    Attributes:
+        divided_by: what makes it a share of the window's mean: `num_items_in_batch`, or the number
+            of micro-batches. Some models (BERT's for sequences, say) and loss functions are given
+            the former and return their own mean all the same; the Trainer then adds up means.
+        grows: it is multiplied by the ranks whose items are counted, as `Trainer.compute_loss`
+            does; a subclass that overrides it may not.
+    """
+
+    divided_by: Literal["items", "micro_batches"] | None = "items"
+    grows: bool = True
+
+
+@dataclass(frozen=True)
 class LossScale:
     """How the loss of an inner pass relates to the plain mean over the batch that Δ is for.
 
-    Δ has to come from that mean, whatever the Trainer divides a micro-batch's loss by. Say that
-    there are w micro-batches in the window and r ranks, and that k is r where the Trainer
-    multiplies the loss by the ranks whose items it counted, else 1. A loss *shrinks* if it is a
-    micro-batch's share of the window's mean, which most are; its share is that of its items, or 1/w
-    where none are counted.
+    Δ has to come from that mean, whatever a micro-batch's loss is divided by. Say that there are w
+    micro-batches in the window, that the items of c ranks are counted, and that k is c where the
+    loss grows by it (`LossKind`), else 1. The logged loss is k · share · (the micro-batch's mean):
 
-    | Δ comes from              | the loss of its passes is       | gradient    | logged         |
-    |---------------------------|---------------------------------|-------------|----------------|
-    | the only batch there is   | its mean                        | 1           | 1              |
-    | each micro-batch, shrinks | its own mean, by its own count  | 1           | 1 / (share·k)  |
-    | each micro-batch, else    | its own mean                    | 1           | 1 / k          |
-    | the whole window, shrinks | shares that add up to its mean  | 1           | 1              |
-    | the whole window, else    | k times a micro-batch's mean    | 1 / (w·k)   | 1              |
+    | the loss is divided by | share                 | the window's mean, of what is logged |
+    |------------------------|-----------------------|--------------------------------------|
+    | items                  | its items / all items | c / k · sum                          |
+    | micro-batches          | 1 / w                 | 1 / k · sum                          |
+    | nothing                | 1                     | 1 / (w·k) · sum                      |
 
     Attributes:
         num_items: what the passes are told.
@@ -84,30 +96,41 @@ class ParentPasses:
         return None if count is None else torch.as_tensor(count).clamp(min=1)
 
     def loss_scale(
-        self, scope: Scope, window: int, batches: list, num_items: Count, shrinks: bool
+        self, scope: Scope, window: int, batches: list, num_items: Count, kind: LossKind
     ) -> LossScale:
         """Of the passes on `batches`, for a Δ of `scope`; the cases are those of `LossScale`."""
         if window * self._trainer.accelerator.num_processes == 1:
             return LossScale(num_items)
         if scope == "batch":
-            return LossScale(num_items, gradient=self.mean_factor(window, num_items, shrinks))
+            return LossScale(num_items, gradient=self.mean_factor(window, num_items, kind))
         with self.as_a_step_of_its_own():
             own_items: Any = self.count_items(batches)
-        inverse_share: Any = window if own_items is None else num_items / own_items
-        factor = self._rank_factor(num_items)
-        return LossScale(own_items, logged=(inverse_share if shrinks else 1) / factor)
+        share: Any = 1
+        if kind.divided_by == "items" and own_items is not None:
+            share = own_items / num_items
+        elif kind.divided_by is not None:
+            share = 1 / window
+        return LossScale(own_items, logged=1 / (share * self._growth(num_items, kind)))
 
-    def mean_factor(self, window: int, num_items: Count, shrinks: bool) -> float:
-        """What a window's losses, as logged, are multiplied by to add up to their mean."""
-        return 1.0 if shrinks else 1 / (window * self._rank_factor(num_items))
+    def mean_factor(self, window: int, num_items: Count, kind: LossKind) -> float:
+        """What the sum of a window's losses, as logged, is multiplied by to be their mean."""
+        factor: float = 1
+        if kind.divided_by == "items":
+            factor = self._counted_ranks(num_items)
+        elif kind.divided_by is None:
+            factor = 1 / window
+        return factor / self._growth(num_items, kind)
 
-    def _rank_factor(self, num_items: Count) -> int:
-        """What the Trainer multiplies a loss by: k of `LossScale`."""
+    def _growth(self, num_items: Count, kind: LossKind) -> int:
+        return self._counted_ranks(num_items) if kind.grows else 1
+
+    def _counted_ranks(self, num_items: Count) -> int:
+        """Whose items `num_items` counts: c of `LossScale`."""
         averages = self._trainer.args.average_tokens_across_devices
         counted = num_items is not None and averages
         return self._trainer.accelerator.num_processes if counted else 1
 
-    def loss_shrinks(
+    def loss_kind(
         self,
         model: nn.Module,
         batch: Any,
@@ -115,31 +138,37 @@ class ParentPasses:
         engine: Engine,
         tensors: StepTensors,
         last: bool,
-    ) -> bool | None:
-        """Whether a micro-batch's loss is its share of the window's: half of it in one of twice.
-
-        Some models (BERT's for sequences, say) and loss functions are given `num_items_in_batch`
-        and return the micro-batch's own mean all the same; the Trainer then adds up means. `None`
-        where a loss of zero does not tell.
+    ) -> LossKind | None:
+        """Found by passes on `batch`; `None` where a loss of zero does not tell.
 
         Args:
             last: as `Engine.inner_passes` takes it.
         """
-        trainer = self._trainer
+        trainer, args = self._trainer, self._trainer.args
         divides = trainer.compute_loss_func is None and not loss_is_scaled_for_ga(trainer)
         if num_items is None and divides:
-            return True  # the Trainer does
+            return LossKind("micro_batches")  # by the Trainer, which counts no ranks either
+        averages = args.average_tokens_across_devices
         losses = []
-        for size in (1, 2):
-            count = None if num_items is None else num_items * size
+        for items, window, counts_ranks in (
+            (1, 1, averages),
+            (2, 1, averages),
+            (1, 2, averages),
+            (1, 1, False),
+        ):
+            count = None if num_items is None else num_items * items
             with (
-                self._in_a_window_of(size),
+                self._in_a_window_of(window),
+                temporarily(args, "average_tokens_across_devices", counts_ranks),
                 engine.inner_passes(model, [], JointTensors([]), last),
             ):
                 losses.append(self.without_side_effects(model, batch, count, tensors))
         # One answer for all ranks: further passes of one alone would leave the others waiting.
-        once, twice = trainer.accelerator.reduce(torch.stack(losses)).tolist()
-        return twice / once < 0.75 if once and math.isfinite(once) else None
+        loss, *changed = trainer.accelerator.reduce(torch.stack(losses)).tolist()
+        if not loss or not math.isfinite(loss):
+            return None
+        by_items, by_window, grows = (other / loss < 0.75 for other in changed)
+        return LossKind("items" if by_items else "micro_batches" if by_window else None, grows)
 
     @contextlib.contextmanager
     def as_a_step_of_its_own(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from transformers import TrainerState
 from .engine import Engine
 from .feedback import Feedback
 from .parameters import StepTensors
+from .passes import LossKind
 from .perturbation import Perturbation
 from .progress import Progress, kept
 
@@ -24,12 +25,12 @@ class Run:
     state: TrainerState | None = None  # the Trainer's, and so this run's identity
     progress: Progress = field(default_factory=Progress)
     feedback: Feedback | None = None  # to the rule that sets epsilon
-    last_begun: int | None = None  # the last step of all
+    current_step: int | None = None  # plain or perturbed
     engine: Engine | None = None
     tensors: StepTensors | None = None
     checked: bool = False  # that AMP is right with the trainer, once epsilon is not 0
-    loss_shrinks: bool | None = None  # see `ParentPasses.loss_shrinks`
-    last_step: int | None = None  # the last perturbed one
+    loss_kind: LossKind | None = None  # see `ParentPasses.loss_kind`
+    last_perturbed: int | None = None  # the last step with a Δ
     last_ascent: int | None = None  # the last one whose Δ was computed anew
     reusable: Perturbation | None = None  # its Δ, where steps to come may be displaced by it
 

@@ -25,7 +25,7 @@ from .config import AMPConfig
 from .engine import Engine, engine_for
 from .feedback import Feedback
 from .parameters import StepTensors, check_no_hooks
-from .passes import Count, ParentPasses
+from .passes import Count, LossKind, ParentPasses
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
 from .progress import keep
 from .run import LogMeans, Run, Window, in_one
@@ -82,8 +82,8 @@ class PerturbedStep:
         if config.epsilon != 0 and not run.checked:
             self._check(inputs)
             run.checked = True
-        if step != run.last_begun:
-            run.last_begun = step
+        if step != run.current_step:
+            run.current_step = step
             if config.epsilon is None:
                 progress = step / state.max_steps
                 self._feedback.next_step(config.rise, run.epochs, progress)
@@ -95,8 +95,8 @@ class PerturbedStep:
         train = getattr(self.trainer.optimizer, "train", None)
         if callable(train):
             train()
-        if step != run.last_step:  # the window's first micro-batch
-            run.last_step = step
+        if step != run.last_perturbed:  # the window's first micro-batch
+            run.last_perturbed = step
             self.window.clean_losses = []
             if self._needs_new_delta():
                 run.last_ascent = step
@@ -106,7 +106,7 @@ class PerturbedStep:
                 return self._with_new_delta(model, inputs, num_items)
             return self._with_last_delta(model, inputs, num_items)
         except BaseException:
-            run.last_step = None  # a subclass may go on: with a new Δ
+            run.last_perturbed = None  # a subclass may go on: with a new Δ
             raise
         finally:
             self.window.perturbation.restore()
@@ -159,9 +159,9 @@ class PerturbedStep:
         """The parent's step. Returns its loss."""
         if self._config.epsilon is not None:
             return self.parent(model, inputs, num_items)
-        if self._is_joined() and self.run.loss_shrinks is None:
+        if self._asks_for_loss_kind():
             self._prepare(model, inputs, num_items)
-            self._find_whether_loss_shrinks(model, inputs, num_items)
+            self._find_loss_kind(model, inputs, num_items)
         loss = self.parent(model, inputs, num_items)
         self._feed(num_items, loss, loss, torch.zeros_like(loss))
         return loss
@@ -222,9 +222,9 @@ class PerturbedStep:
         config, parent, engine, window = self._config, self.parent, self._engine, self.window
         size = max(1, len(window.batches))
         batches = window.batches if engine.scope == "batch" and window.batches else [inputs]
-        if self._is_joined() and self.run.loss_shrinks is None:
-            self._find_whether_loss_shrinks(model, inputs, num_items)
-        scale = parent.loss_scale(engine.scope, size, batches, num_items, self._loss_shrinks)
+        if self._asks_for_loss_kind():
+            self._find_loss_kind(model, inputs, num_items)
+        scale = parent.loss_scale(engine.scope, size, batches, num_items, self._loss_kind)
         num_items = scale.num_items
         on_its_own = self._is_joined() and engine.scope == "micro_batch"
         with parent.as_a_step_of_its_own() if on_its_own else contextlib.nullcontext():
@@ -238,12 +238,16 @@ class PerturbedStep:
         """Whether a micro-batch is only a part of the step's batch."""
         return max(1, len(self.window.batches)) * self.trainer.accelerator.num_processes > 1
 
-    @property
-    def _loss_shrinks(self) -> bool:
-        return self.run.loss_shrinks is not False
+    def _asks_for_loss_kind(self) -> bool:
+        # On a window's first micro-batch: only there, `_is_last` is right about what follows.
+        return self._is_joined() and self.run.loss_kind is None and self.window.measured is None
 
-    def _find_whether_loss_shrinks(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
-        self.run.loss_shrinks = self.parent.loss_shrinks(
+    @property
+    def _loss_kind(self) -> LossKind:
+        return self.run.loss_kind or LossKind()
+
+    def _find_loss_kind(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
+        self.run.loss_kind = self.parent.loss_kind(
             model, inputs, num_items, self._engine, self._tensors, self._is_last()
         )
 
@@ -253,7 +257,7 @@ class PerturbedStep:
         """Measures a micro-batch for the rule: its losses, as logged, and its part of the rise."""
         window = self.window
         size = max(1, len(window.batches))
-        factor = self.parent.mean_factor(size, num_items, self._loss_shrinks)
+        factor = self.parent.mean_factor(size, num_items, self._loss_kind)
         measured = in_one(factor * loss.detach(), factor * perturbed_loss.detach(), linear_rise)
         window.measured = measured if window.measured is None else window.measured + measured
         if self.trainer.accelerator.sync_gradients:  # the last one: the optimizer steps next

@@ -90,6 +90,23 @@ class Watched(AMPTrainer):
         return window, num_items
 
 
+class WithItsOwnLoss(Watched):
+    """The mean over a micro-batch, though the items of all ranks are counted."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
+class WithItsOwnLossDivided(WithItsOwnLoss):
+    """By the Trainer, by the micro-batches."""
+
+    loss_is_scaled_for_ga = False
+
+
+TRAINERS = {"": Watched, "mean": WithItsOwnLoss, "divided": WithItsOwnLossDivided}
+
+
 def run(folder, cut=None, refused=False, raises=None, **case):
     """What `train` returns.
 
@@ -191,6 +208,7 @@ def trainer_of(
     samples=None,
     stream=False,
     loss_scale=None,
+    own_loss="",
     eval_dataset=False,
     begins=None,
     **kwargs,
@@ -209,7 +227,7 @@ def trainer_of(
         make(network, dtype=dtype),
         folder,
         always(**{"epsilon": 0.05} | (config or {})),
-        cls=Watched,
+        cls=TRAINERS[own_loss],
         data=Stream(data) if stream else data,
         trainer={
             "data_collator": padded if tokens else None,

@@ -57,6 +57,9 @@ SEPARATE = {
     ),
     "own tokens, accumulated": dict(net="gpt2", gradient_accumulation_steps=2),
 }
+OWN_LOSS = dict(net="gpt2", gradient_accumulation_steps=2, begins=STEERED)
+# Means that the Trainer adds up, where one process would have twice as many as two.
+ADDED_UP = OWN_LOSS | dict(own_loss="mean", learning_rate=0.0, max_steps=8)
 OFFLOADED = {
     "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
     "zero_force_ds_cpu_optimizer": False,
@@ -78,6 +81,9 @@ OF_ENGINE = {
         ),
         "bf16": dict(bf16=True),
         "scaled": dict(loss_scale=1024.0, gradient_accumulation_steps=2),
+        "own loss": OWN_LOSS | dict(own_loss="divided"),
+        "own loss, joined": OWN_LOSS | dict(own_loss="divided", config={"scope": "batch"}),
+        "own loss, steered": OWN_LOSS | dict(own_loss="divided", config={"epsilon": None}),
     },
     "fsdp2": {
         "kept gathered after forward": dict(fsdp={"reshard_after_forward": False}),
@@ -202,6 +208,10 @@ def uneven_cases(engine):
 
 def cases_of(engine):
     alone = {"first rank logs": dict(first_logs=True, logging_steps=2)}
+    for scope in ("micro_batch", "batch") if engine == "ddp" else ():
+        for name, epsilon in (("stock", 0), ("fixed", 0.05), ("steered", None)):
+            config = {"epsilon": epsilon, "scope": scope}
+            alone[f"added up, {name}, {scope}"] = ADDED_UP | {"config": config}
     resumed = {"whole": RESUMED, "resumed": RESUMED | {"cut": 3}}
     resumed |= {"whole, reused": REUSED, "resumed, reused": REUSED | {"cut": 3}}
     refused = {
@@ -299,6 +309,25 @@ def test_two_processes_train_as_one_that_sees_both_their_batches(outcomes, engin
             # The Trainer logs the gradient as it finds it.
             scale = case.get("loss_scale", 1) if key == "grad_norm" else 1
             assert here[key] / scale == pytest.approx(there[key], rel=relative, abs=1e-6), key
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "batch"])
+def test_means_that_the_trainer_adds_up_are_logged_as_by_the_stock_one(outcomes, scope):
+    (first, _) = outcomes("ddp")
+    stock, fixed, steered = (
+        [entry for entry in first[f"added up, {name}, {scope}"]["logs"] if "loss" in entry]
+        for name in ("stock", "fixed", "steered")
+    )
+    case = ADDED_UP | {"own_loss": "divided", "config": {"epsilon": None, "scope": scope}}
+    divided = [entry for entry in expected("ddp", case)["logs"] if "loss" in entry]
+    assert len(stock) == 8
+    for plain, perturbed, held, alone in zip(stock, fixed, steered, divided):
+        assert perturbed["loss"] == held["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+        rise = perturbed["amp/loss"] - perturbed["loss"]
+        assert perturbed["amp/sharpness"] == pytest.approx(rise, abs=1e-3) and rise > 0
+        norms = (entry.get("amp/delta_norm", 0.0) for entry in (held, alone))  # 0: a plain step
+        assert next(norms) == pytest.approx(next(norms), rel=1e-3)
+    assert len({entry["amp/delta_norm"] for entry in steered[2:]}) > 3  # it is corrected
 
 
 def test_hybrid_shards_train_as_one_process_does(tmp_path):
