@@ -80,5 +80,7 @@ def test_a_saved_model_with_another_head_is_refused_and_one_that_fits_is_loaded(
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"classifies 10 labels.*the dataset has 3 \(a, b, c"):
         build_model(str(tmp_path), ["a", "b", "c"], 24)
+    with pytest.raises(ValueError, match=r"^--from_scratch is for a new model.*leave"):
+        build_model(str(tmp_path), NAMES, 24, from_scratch=True)
     state = build_model(str(tmp_path), NAMES, 24).state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())

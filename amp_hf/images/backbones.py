@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from timm.data.transforms import MaybeToTensor
 from torch import nn
@@ -27,6 +26,7 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 
+from ..job.saved import origin_on_card
 from . import models
 
 
@@ -48,11 +48,12 @@ def build_model(
 
     Raises:
         ValueError: the name is unknown, the weights are out of reach, the images are too small,
-            the model does not take one of `model_args`, or a saved model has another head.
+            the model does not take one of `model_args`, or a saved model has another head or is
+            to be trained from scratch.
     """
     model_args = model_args or {}
     if os.path.isdir(name):
-        model = _saved_model(name, label_names, image_size, model_args)
+        model = _saved_model(name, label_names, image_size, from_scratch, model_args)
     else:
         model = _timm_model(name, label_names, image_size, from_scratch, model_args)
     _try_forward(model, name, image_size, len(label_names), model_args)
@@ -65,9 +66,7 @@ def origin(name: str, from_scratch: bool) -> tuple[str | None, str | None]:
     For a saved model, they are those on its card, if it has one.
     """
     if os.path.isdir(name):
-        path = os.path.join(name, "README.md")
-        data: Any = ModelCard.load(path).data if os.path.isfile(path) else ModelCardData()
-        return data.base_model, data.license
+        return origin_on_card(name)
     if from_scratch:
         return None, None
     cfg: Any = timm.get_pretrained_cfg(name.removeprefix("timm/"))
@@ -93,7 +92,11 @@ def preprocessing(
 
 
 def _saved_model(
-    folder: str, label_names: list[str], image_size: int, model_args: dict[str, Any]
+    folder: str,
+    label_names: list[str],
+    image_size: int,
+    from_scratch: bool,
+    model_args: dict[str, Any],
 ) -> TimmWrapperForImageClassification:
     if model_args:
         raise ValueError(
@@ -106,6 +109,11 @@ def _saved_model(
         raise ValueError(
             f"--model {folder} is a folder without a saved timm model: its config.json must be "
             "that of a TimmWrapper, as these recipes save it."
+        )
+    if from_scratch:
+        raise ValueError(
+            f"--from_scratch is for a new model, and --model {folder} is a saved one: leave "
+            "--from_scratch out to go on from its weights, or pass --model a timm model's name."
         )
     try:
         model_class = _class_for(config.get("architecture"))

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from functools import partial
 from typing import Any, cast
 
 import datasets
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 from transformers import (
@@ -27,6 +25,7 @@ from transformers import (
 from ..job import main as job
 from ..job.data import NUMBER, find_column
 from ..job.job import Job
+from ..job.saved import load_weights
 from ..trainer import AMPTrainer
 from .arguments import parse
 from .augment import AlternatingFlip, RandomMirror, eval_transform, train_transform
@@ -136,10 +135,8 @@ class ImageJob(Job):
         return trainer
 
     def load(self, folder: str) -> nn.Module:
-        # Under ZeRO-3, `from_pretrained` would shard it.
-        model = TimmWrapperForImageClassification(TimmWrapperConfig.from_pretrained(folder))
-        safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
-        return model
+        config = TimmWrapperConfig.from_pretrained(folder)
+        return load_weights(TimmWrapperForImageClassification(config), folder)
 
     def unaugmented(self, dataset: ImageDataset, model: Any) -> ImageDataset:
         plain = copy.copy(dataset)

@@ -1,1 +1,1 @@
-"""Text classification: what is its own of the recipes' job."""
+"""Text classification: the parts of the recipes' job that are specific to text."""

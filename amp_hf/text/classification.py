@@ -12,10 +12,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import datasets
-import safetensors.torch
 import torch
 import transformers
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,6 +28,7 @@ from ..card import CardDetails
 from ..job import main as job
 from ..job.data import NUMBER, check_labels, find_column
 from ..job.job import Job
+from ..job.saved import load_weights, origin_on_card
 from ..trainer import AMPTrainer
 from .arguments import parse
 
@@ -97,11 +96,7 @@ class TextJob(Job):
         name = self.arguments.model
         if self.arguments.from_scratch:
             return None, None
-        if not os.path.isdir(name):
-            return name, None
-        path = os.path.join(name, "README.md")
-        data: Any = ModelCard.load(path).data if os.path.isfile(path) else None
-        return (data.base_model, data.license) if data else (None, None)
+        return origin_on_card(name) if os.path.isdir(name) else (name, None)
 
     def dataset(
         self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
@@ -140,11 +135,8 @@ class TextJob(Job):
             return AutoPeftModelForSequenceClassification.from_pretrained(
                 folder, num_labels=labels, is_trainable=True, dtype=torch.float32
             )
-        # Under ZeRO-3, `from_pretrained` would shard it.
         config = AutoConfig.from_pretrained(folder)
-        model = getattr(transformers, config.architectures[0])(config)
-        safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
-        return model
+        return load_weights(getattr(transformers, config.architectures[0])(config), folder)
 
     def card_details(self) -> CardDetails:
         details = super().card_details()

@@ -1,0 +1,23 @@
+"""A folder that a model was saved to."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import safetensors.torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+
+def origin_on_card(folder: str) -> tuple[str | None, str | None]:
+    """Hub id and license of the base model, as far as the folder's card says them."""
+    path = os.path.join(folder, "README.md")
+    data: Any = ModelCard.load(path).data if os.path.isfile(path) else ModelCardData()
+    return data.base_model, data.license
+
+
+def load_weights(model: nn.Module, folder: str) -> nn.Module:
+    """`model` with the weights of the folder. Under ZeRO-3, `from_pretrained` would shard it."""
+    safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
+    return model
