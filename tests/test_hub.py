@@ -399,6 +399,24 @@ def raise_(error):
     raise error
 
 
+@pytest.mark.slow
+def test_a_model_that_diverged_replaces_none_on_the_hub(tmp_path, hub, capsys):
+    data = parquet_folder(tmp_path / "data", train=32, test=32)
+    words = [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path / 'out'}"]
+    words += [
+        "--push_to_hub",
+        "--hub_strategy=end",
+        f"--hub_model_id={REPO}",
+        f"--hub_token={hub.token}",
+    ]
+    main({}, {}, None, words)
+    good = hub.files(REPO)["model.safetensors"]
+    with pytest.raises(SystemExit) as exit:
+        main({}, {}, None, [*words, "--learning_rate=1e30", "--num_train_epochs=3"])
+    assert exit.value.code == 1 and "The training diverged" in capsys.readouterr().err
+    assert hub.files(REPO)["model.safetensors"] == good
+
+
 def test_the_token_is_in_no_file_and_no_log(tmp_path, hub, caplog, capfd):
     trainer = pushing(
         tmp_path, hub, hub_strategy="all_checkpoints", save_strategy="steps", save_steps=2,

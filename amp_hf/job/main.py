@@ -39,7 +39,7 @@ def main(
         What `all_results.json` holds.
 
     Exits with one line where something is wrong: with status 2 if it is the arguments or the data,
-    with status 1 if training diverged or the push failed.
+    with status 1 if training diverged, which is not pushed at its end, or the push failed.
     """
     try:
         job = job_class(*parse(defaults, from_scratch_defaults, description, argv))
@@ -73,7 +73,7 @@ def _train_and_evaluate(job: Job) -> dict[str, float]:
         folder = str(trainer.args.output_dir)
         code = textwrap.indent(job.how_to_load(literal(folder)), "    ")
         print(_SUMMARY.format(folder=folder, code=code))
-    if trainer.args.push_to_hub:
+    if trainer.args.push_to_hub and _all_finite(results):
         trainer.push_to_hub()
     if failure is not None:
         raise failure
