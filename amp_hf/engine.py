@@ -1,7 +1,7 @@
 """What differs by engine: where parameters and gradients lie, and who reduces and steps when.
 
-A step sees one interface, `Engine`. Everything private of Accelerate, torch or DeepSpeed that AMP
-needs stands here.
+A step sees one interface, `Engine`. What AMP needs and the engines keep to themselves stands here;
+CONTRIBUTING.md lists it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Engine:
         self.accelerator = accelerator
         self.scope = scope or self.scopes[0]
 
-    def loss_scale(self) -> float | Tensor:
+    def grad_scale(self) -> float | Tensor:
         """The factor that the backward pass puts on gradients: the fp16 GradScaler's, else 1."""
         if self.accelerator.scaler is None:
             return 1.0

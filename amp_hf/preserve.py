@@ -62,7 +62,8 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
     """
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type):
             yield
     finally:
         random.setstate(python)

@@ -30,7 +30,8 @@ from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
 from .progress import keep
 from .run import LogMeans, Run, Window, in_one
 
-# A ζ that takes any Δ onto the sphere, from which it comes back into float32's range.
+# A ζ so large that any Δ leaves the ball and is projected onto it, yet far from float32's limits.
+# The last ascent then decides alone where on the sphere Δ lies.
 _ONTO_THE_SPHERE = 1e9
 
 
@@ -85,8 +86,7 @@ class PerturbedStep:
         if step != run.current_step:
             run.current_step = step
             if config.epsilon is None:
-                progress = step / state.max_steps
-                self._feedback.next_step(config.rise, run.epochs, progress)
+                self._feedback.next_step(config.rise, run.epochs, step / state.max_steps)
         is_plain = config.epsilon is None and self._feedback.target == 0
         if is_plain or not config.perturbs_at(step, state.max_steps):
             return self._without_delta(model, inputs, num_items)
@@ -143,6 +143,12 @@ class PerturbedStep:
         check_engine(config, trainer.accelerator, trainer.args, trainer.model)
         if not trainer.is_deepspeed_enabled:  # which has hooks of its own by now
             check_no_hooks(trainer.model)
+        accumulates = getattr(trainer, "current_gradient_accumulation_steps", 1) > 1
+        if not self.window.batches and accumulates:
+            raise ValueError(
+                f"{type(trainer).__name__}.get_batch_samples must call its parent's, where AMP "
+                "takes the micro-batches of a step from."
+            )
         # A run that resumes may begin with an epoch's last batch, which may be a single sample.
         if config.ascent_fraction < 1 and trainer.state.global_step == 0:
             check_divisible(inputs, config.ascent_fraction)
@@ -152,8 +158,9 @@ class PerturbedStep:
         run, config = self.run, self._config
         if run.reusable is None or run.last_ascent is None or not config.ascent_reuse:
             return True
+        are_others = self._tensors.update()  # a callback may have (un)frozen some since
         since = self.trainer.state.global_step - run.last_ascent
-        return self._tensors.update() or since >= config.ascent_every
+        return are_others or since >= config.ascent_every
 
     def _without_delta(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
         """The parent's step. Returns its loss."""
@@ -275,12 +282,6 @@ class PerturbedStep:
             if run.engine.records_first_pass(model):
                 self.parent.without_side_effects(model, inputs, num_items, run.tensors)
         run.tensors.update()
-        accumulates = getattr(trainer, "current_gradient_accumulation_steps", 1) > 1
-        if not self.window.batches and accumulates:
-            raise ValueError(
-                f"{type(trainer).__name__}.get_batch_samples must call its parent's, where AMP "
-                "takes the micro-batches of a step from."
-            )
 
     def _inner_passes(
         self, model: nn.Module, batches: list, num_items: Count, gradient_scale: float
@@ -293,7 +294,7 @@ class PerturbedStep:
         epsilon, inner_lr = config.epsilon, config.inner_lr
         if epsilon is None:
             epsilon, inner_lr = self._feedback.radius.epsilon or 0.0, _ONTO_THE_SPHERE
-        loss_scale = gradient_scale / engine.loss_scale()
+        factor = gradient_scale / engine.grad_scale()
         window = self.window
         window.perturbation = engine.perturbation(tensors.perturbed, model, epsilon, config.ball)
         self.run.reusable = None  # its Δ is where the gradient comes to
@@ -315,8 +316,8 @@ class PerturbedStep:
                         clean_losses.append(loss)
             if config.epsilon is None and self._feedback.radius.epsilon is None:
                 loss = gradient_scale * torch.stack(clean_losses).sum()
-                self._begin_radius(loss, loss_scale * window.perturbation.slope_of(gradient))
-            window.delta_norm = window.perturbation.ascend(gradient, inner_lr * loss_scale)
+                self._begin_radius(loss, factor * window.perturbation.slope_of(gradient))
+            window.delta_norm = window.perturbation.ascend(gradient, inner_lr * factor)
         window.linear_rise = window.perturbation.slope * (window.perturbation.epsilon / inner_lr)
         return clean_losses
 

@@ -9,16 +9,18 @@ from support import (
     MLP,
     always,
     arguments,
+    differing,
     digits,
     logged,
     make,
     on,
     train,
     trainer_for,
+    weights,
 )
 from torch import nn
 
-from amp_hf import AMPTrainer
+from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.checks import check_engine
 from amp_hf.parameters import check_perturbable
 
@@ -144,5 +146,10 @@ class UnannouncedTrainer(AMPTrainer):
 def test_batches_that_amp_does_not_see_are_refused(tmp_path):
     options = dict(cls=UnannouncedTrainer, max_steps=1)
     assert logged(train(make(), tmp_path, always(), **options), "amp/delta_norm")
-    with pytest.raises(ValueError, match=r"UnannouncedTrainer.get_batch_samples must call its"):
-        train(make(), tmp_path, always(), gradient_accumulation_steps=2, **options)
+    options |= dict(gradient_accumulation_steps=2, max_steps=2)
+    for config in (always(), AMPConfig(epsilon=0.1, ascent_start=0.5)):  # before anything is lost
+        model = make()
+        before = weights(model)
+        with pytest.raises(ValueError, match=r"UnannouncedTrainer.get_batch_samples must call its"):
+            train(model, tmp_path, config, **options)
+        assert not differing(weights(model), before)
