@@ -1,4 +1,4 @@
-"""Which trainers, engines and optimizers are refused: those that a step would be wrong with."""
+"""Which trainers, engines and optimizers are refused: those with which a step would be wrong."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ class AMPConfig:
         default=None,
         metadata={
             "help": "The batch a perturbation is computed on: micro_batch (each micro-batch and "
-            "each device its own; the default) or batch (one for the whole optimizer step)."
+            "each device its own; the default where the engine allows it) or batch (one for the "
+            "whole optimizer step)."
         },
     )
     ascent_start: float = field(

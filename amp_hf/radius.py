@@ -7,12 +7,12 @@ loss by about as much. So the rise is held at a target, and ε is what it takes:
     target  = rise · learnt^min(20, (40 / epochs)^4) / (1 + 10 · bend)
     ε       ← ε · (target / (loss(θ + Δ) − loss(θ)))^0.2
 
-What a network learns first is what its data have in common, and a perturbation is in the way of
-that. So a step is plain until two thirds of the loss are gone, and in the first 20 % in any case.
-What a training sees 60 times it is likely to learn by heart, and from there on it is perturbed.
-What it sees 20 times or fewer it may never learn by heart; it is perturbed only once nearly all is
-learnt, since before that a perturbation just slows it down. A step whose target is next to nothing
-is plain, too.
+A network first learns what its data have in common, and a perturbation is in the way of that. So
+steps are plain until two thirds of the loss are gone, and for the first 20 % in any case. In 40
+epochs or more, the samples are likely to be memorized, and the target grows with what has been
+learnt. In 18 or fewer they may never be; the exponent is then 20, so that steps are perturbed only
+once nearly everything has been learnt: before that, a perturbation just slows the training down. A
+step whose target is next to nothing is plain, too.
 
 `bend` is how much more than an exponential the loss rises along Δ: near 0 for the convolutional
 networks that it was found with, 0.3 for small transformers on few images, for which 0.1 nats are

@@ -3,7 +3,8 @@
     python recipes/search_epsilon.py --model resnet18 --from_scratch --trials 12
     python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
 
-Further arguments are those of train_cifar10.py; for GTSRB, add `--augment signs --track_length 30`.
+Further arguments are those of train_cifar10.py; for GTSRB, add `--dataset tanganke/gtsrb --augment
+signs --track_length 30`.
 The stock Trainer (ε = 0), `AMPConfig()`, whose ε sets itself, and then every trial train on the
 same images from the same initial weights; the test set is not used. Prints the command that trains
 with the best of them.
@@ -58,7 +59,7 @@ def main() -> None:
                 "--validation_fraction must be above 0: the search compares on held-out images."
             )
         trainer = ImageJob(images, args, amp_config).trainer
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"search_epsilon.py: error: {error}")
     trainer.remove_callback(PrinterCallback)
     initial = copy.deepcopy(trainer.model)
