@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 START = 0.2  # share of the training before the first ascent
 _LEARNT = 2 / 3  # of the first loss, which is gone before the first ascent
-_EPOCHS = 40  # of a training whose target is in proportion to what has been learnt
+_EPOCHS = 40  # of a run whose target is in proportion to what has been learnt
 _STEEPEST = 20.0  # exponent of what has been learnt, in shorter ones
 _LEAST = 0.05  # share of the rise, below which a step is plain
 _MEMORY = 0.95  # of the moving average, per step

@@ -1,4 +1,4 @@
-"""What a Trainer knows about a training once it is over: the facts of the model card."""
+"""What a Trainer knows about a run once it is over: the facts of the model card."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Results = dict[str, dict[str, float]]  # by split ("test"), by metric ("accuracy
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """One training and the model that it led to.
+    """One training run and the model that it led to.
 
     Args:
         name: the model's.
@@ -158,7 +158,7 @@ _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 
 def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
-    """Says so where a training that should have been perturbed was not."""
+    """Says so where a run that should have been perturbed was not."""
     if config.epsilon == 0 or Progress.of(state).first is not None:
         return
     steps = range(state.global_step)

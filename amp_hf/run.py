@@ -20,7 +20,7 @@ from .progress import Progress, kept
 
 @dataclass
 class Run:
-    """What is found out once a training run, and what one step leaves for the next."""
+    """What is found out once per training run, and what one step leaves for the next."""
 
     state: TrainerState | None = None  # the Trainer's, and so this run's identity
     progress: Progress = field(default_factory=Progress)

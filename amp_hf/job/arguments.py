@@ -90,7 +90,7 @@ class JobArguments:
 # For every kind of data; the kind, and then the recipe, add their own.
 _DEFAULTS: dict[str, Any] = dict(
     logging_steps=50,
-    logging_nan_inf_filter=False,  # shows when a training diverges
+    logging_nan_inf_filter=False,  # shows when training diverges
     save_strategy="epoch",
     save_total_limit=2,
     warmup_steps=0.05,

@@ -26,7 +26,7 @@ from .time_left import show_time_left
 
 
 class Job(ABC):
-    """A training: `trainer`, and by name the datasets that the trained model is tested on, `tests`.
+    """A training run: `trainer`, and by name the datasets that the model is tested on, `tests`.
 
     What depends on the kind of data is abstract.
 
@@ -64,7 +64,7 @@ class Job(ABC):
         self.trainer = self.new_trainer(trainer_class, model, args, amp_config, train, validation)
         if arguments.compare_erm and self.trainer.is_deepspeed_enabled:
             raise ValueError(
-                "--compare_erm trains twice, and DeepSpeed drives one training per process: leave "
+                "--compare_erm trains twice, and DeepSpeed drives one run per process: leave "
                 "it out, and train the ERM baseline in a run of its own, with --epsilon 0."
             )
         self.trainer.card_details = self.card_details()
