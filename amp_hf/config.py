@@ -24,8 +24,8 @@ class AMPConfig:
     """How a model is perturbed: Algorithm 1 of Zheng et al., CVPR 2021 (arXiv 2010.04925).
 
     `AMPConfig()` sets its radius by itself (`amp_hf.radius`). On the twelve small schedules of
-    recipes/measurements/README.md, the four that overfit most gained 0.09 to 0.41 of the negative
-    log-likelihood and up to 6.0 points of accuracy; small transformers lost up to 0.6 ± 1.1 points.
+    recipes/measurements/README.md, the four that overfit most gained 0.09 to 0.44 of the negative
+    log-likelihood and up to 6.3 points of accuracy; small transformers lost up to 0.6 ± 1.1 points.
     With `epsilon=x` the radius is x, as published; the best one is to be searched for.
 
     Every field is checked on construction; a bad one raises `ValueError` naming the field and what

@@ -73,10 +73,11 @@ def _write_names(axis: Axes, runs: Runs, key: str, found: dict[str, list[float]]
     for name in sorted(found, key=lambda name: statistics.mean(found[name])):
         passes, mean = runs.rows[name].passes, statistics.mean(found[name])
         x, y = to_axes.transform((passes, mean))
-        taken[passes] = y = max(y, taken.get(passes, 0.0) + APART)
+        lane = max(passes, 1.15)  # which the names at 1 reach into
+        taken[lane] = y = max(y, taken.get(lane, 0.0) + APART)
         left = passes == 1.8 and any(runs.rows[other].passes == 2 for other in found)
         axis.annotate(
-            row_label(runs, key, name),
+            row_label(runs, key, name).replace("average of the weights", "EMA"),
             (passes, mean),
             (x - 0.02 if left else x + 0.02, y),
             textcoords="axes fraction",

@@ -4,6 +4,7 @@ A run that the file holds is not repeated, so a script that was interrupted cont
 """
 
 import contextlib
+import copy
 import json
 import os
 import runpy
@@ -99,6 +100,13 @@ class Runs:
             for run in self.found["runs"]
             if (run["setting"], run["row"]) == (key, name) and column in run
         }
+
+    def without(self, seeds: Iterable[int]) -> "Runs":
+        """The same, but for the runs with these seeds."""
+        rest = copy.copy(self)
+        kept = [run for run in self.found["runs"] if run["seed"] not in seeds]
+        rest.found = self.found | {"runs": kept}
+        return rest
 
     def values(self, key: str, name: str, column: str) -> list[float]:
         """One per seed."""
