@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Ball = Literal["global", "tensor"]
+Ball = Literal["global", "tensor", "elementwise"]
 Scope = Literal["micro_batch", "batch"]
 NormStats = Literal["clean", "both"]
 
@@ -61,7 +61,8 @@ class AMPConfig:
         default="global",
         metadata={
             "help": "global: one ball over all parameters; tensor: a ball for each tensor, all of "
-            "the same radius."
+            "the same radius; elementwise: one ball, in which each weight's part counts relative "
+            "to its size."
         },
     )
     scope: Scope | None = field(

@@ -6,6 +6,9 @@ Algorithm 1 of Zheng et al., "Regularizing Neural Networks via Adversarial Model
     Δ ← Δ + ζ·∇L(θ + Δ)
     Δ ← Δ · min(1, ε / ‖Δ‖₂)
 
+With an elementwise ball, the same for θ, Δ and the gradient in units of T = |θ| + 0.01, as ASAM has
+it (Kwon et al., ICML 2021, arXiv 2102.11600): Δ/T ← project(Δ/T + ζ·T·∇L(θ + Δ)).
+
 Everything runs in place and without waiting for the device.
 """
 
@@ -20,6 +23,8 @@ from torch import Tensor
 from .blocks import JointTensors, groups_of
 from .compat import foreach_clone
 from .config import Ball
+
+_LEAST_UNIT = 0.01  # of an elementwise ball: so that a weight of 0 is perturbed, too
 
 Norms = Callable[[list[Tensor]], Tensor]
 
@@ -46,7 +51,8 @@ def shrinkage(
     Args:
         delta: Δ, one tensor for each parameter, of the parameter's shape.
         epsilon: radius ε in parameter units.
-        ball: `"global"` (the paper) or `"tensor"` (the authors' released code).
+        ball: `"global"` (the paper), `"tensor"` (the authors' released code) or `"elementwise"`,
+            which is a global one for a `delta` in units of T.
         rate: a float or a 0-dimensional tensor, > 0.
         norms_of: the norms of whole tensors, where `delta` holds shards of them.
 
@@ -56,7 +62,7 @@ def shrinkage(
         is its inner product with the longest Δ in its direction. All are 0-dimensional.
     """
     norms = rate * norms_of(delta.tensors)
-    if ball == "global":
+    if ball != "tensor":
         norms = torch.linalg.vector_norm(norms)
     shrink = torch.where(norms > epsilon, epsilon / norms, 1.0)
 
@@ -67,7 +73,7 @@ def shrinkage(
     scale = torch.where(finite, rate * shrink, 0.0)
     norm = torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
     dual = torch.where(finite, norms.sum(), 0.0)
-    return (scale if ball == "global" else scale.unbind()), norm, dual
+    return (scale.unbind() if ball == "tensor" else scale), norm, dual
 
 
 class Perturbation:
@@ -117,8 +123,11 @@ class Perturbation:
     @torch.no_grad()
     def slope_of(self, gradient: JointTensors) -> Tensor:
         """How far the longest Δ in a ball of radius 1 raises the loss, were it linear."""
+        if self.ball == "elementwise":
+            gradient = JointTensors.copy_of(gradient)
+            self._multiply_by_units(gradient)
         norms = self._norms(gradient.tensors)
-        return torch.linalg.vector_norm(norms) if self.ball == "global" else norms.sum()
+        return norms.sum() if self.ball == "tensor" else torch.linalg.vector_norm(norms)
 
     @torch.no_grad()
     def ascend(self, gradient: JointTensors, rate: float | Tensor) -> Tensor:
@@ -129,17 +138,20 @@ class Perturbation:
             rate: ζ over the scale of the loss; a float or a 0-dimensional tensor.
 
         Returns:
-            ‖Δ‖₂, 0-dimensional.
+            ‖Δ‖₂, or ‖Δ/T‖₂ where the ball is elementwise; 0-dimensional.
         """
         if isinstance(rate, Tensor):  # the scaler's may be elsewhere than offloaded parameters
             rate = rate.to(self.params[0].device)
         is_first = not self._originals
-        if not is_first:
+        if is_first:
+            self._multiply_by_units(gradient)
+        else:
             self._add_delta(gradient, rate)
             rate = 1.0
         factor, norm, slope = shrinkage(gradient, self.epsilon, self.ball, rate, self._norms)
         if is_first:
             self.slope = slope
+        self._multiply_by_units(gradient)  # from Δ/T to Δ
         for group in self._groups:
             delta = group.of(gradient)
             torch._foreach_mul_(
@@ -150,15 +162,26 @@ class Perturbation:
         return norm
 
     def _add_delta(self, gradient: JointTensors, rate: float | Tensor) -> None:
-        """gradient ← Δ + rate · gradient, and the parameters go back to θ.
+        """gradient ← Δ + rate · gradient, in units of the ball, and the parameters go back to θ.
 
         Δ is what rounding left of it in θ + Δ: where the gradient was really taken.
         """
         for group, (params, originals) in zip(self._groups, self._originals):
             ascent = group.of(gradient)
             torch._foreach_mul_(ascent, rate)
-            torch._foreach_add_(ascent, torch._foreach_sub(params, originals))
+            if self.ball == "elementwise":
+                units = _units(originals)
+                torch._foreach_mul_(ascent, units)
+                torch._foreach_addcdiv_(ascent, torch._foreach_sub(params, originals), units)
+            else:
+                torch._foreach_add_(ascent, torch._foreach_sub(params, originals))
         self.restore()
+
+    def _multiply_by_units(self, tensors: JointTensors) -> None:
+        """tensors ← T · tensors, if the ball has units; T is that of the parameters' present θ."""
+        if self.ball == "elementwise":
+            for group in self._groups:
+                torch._foreach_mul_(group.of(tensors), _units(group.of(self.params)))
 
     @torch.no_grad()
     def suspend(self, theta_moves: bool = False) -> None:
@@ -226,3 +249,10 @@ class Perturbation:
         write(params, other)
         torch._foreach_copy_(other, originals)
         self._originals[-1] = (params, other)
+
+
+def _units(theta: list[Tensor]) -> list[Tensor]:
+    """T of an elementwise ball."""
+    units = torch._foreach_abs(theta)
+    torch._foreach_add_(units, _LEAST_UNIT)
+    return list(units)

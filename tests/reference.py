@@ -18,9 +18,14 @@ def shrink_to(tensors, radius):
 
 
 def project(delta, epsilon, ball):
-    if ball == "global":
-        return shrink_to(delta, epsilon)
-    return [shrink_to([d], epsilon)[0] for d in delta]
+    if ball == "tensor":
+        return [shrink_to([d], epsilon)[0] for d in delta]
+    return shrink_to(delta, epsilon)
+
+
+def units(theta, ball):
+    """What Δ is measured in: those of ASAM, or the parameters' own."""
+    return [t.abs() + 0.01 if ball == "elementwise" else torch.ones_like(t) for t in theta]
 
 
 def gradient(loss, theta):
@@ -30,12 +35,13 @@ def gradient(loss, theta):
 
 def perturbation(loss, theta, epsilon, inner_lr=1.0, inner_steps=1, ball="global"):
     """Δ for the batch whose mean loss at parameters θ is `loss(θ)`."""
-    delta = [torch.zeros_like(t) for t in theta]
+    unit = units(theta, ball)
+    delta = [torch.zeros_like(t) for t in theta]  # in these units
     for _ in range(inner_steps):
-        ascent = gradient(loss, [t + d for t, d in zip(theta, delta)])
-        delta = [d + inner_lr * g for d, g in zip(delta, ascent)]
+        ascent = gradient(loss, [t + u * d for t, u, d in zip(theta, unit, delta)])
+        delta = [d + inner_lr * u * g for d, u, g in zip(delta, unit, ascent)]
         delta = project(delta, epsilon, ball)
-    return delta
+    return [u * d for u, d in zip(unit, delta)]
 
 
 def amp_gradient(loss, theta, **config):

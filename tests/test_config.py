@@ -18,7 +18,11 @@ FIELDS = {
     "rise": ("a finite number > 0", [0.05, 1], [0, -0.1, NAN, INF, True, "0.1", None]),
     "inner_lr": ("a finite number > 0", [1, 0.2], [0, 0.0, -1.0, NAN, INF, True, "1", None]),
     "inner_steps": ("an integer >= 1", [1, 3], [0, -1, 1.0, 1.5, NAN, INF, True, "1", None]),
-    "ball": ("one of 'global', 'tensor'", ["global", "tensor"], ["cube", "", None, 1]),
+    "ball": (
+        "one of 'global', 'tensor', 'elementwise'",
+        ["global", "tensor", "elementwise"],
+        ["cube", "", None, 1],
+    ),
     "scope": (
         "one of None, 'micro_batch', 'batch'",
         [None, "micro_batch", "batch"],

@@ -33,6 +33,11 @@ JOINED = {
     "uneven shards": dict(net="odd", config={"ball": "tensor"}),
     "evaluated in mid-step": dict(net="odd", gradient_accumulation_steps=2, eval_dataset=True),
     "tensor ball": dict(config={"ball": "tensor"}, net="partly_frozen"),
+    "elementwise ball": dict(
+        net="odd",
+        config={"epsilon": None, "ball": "elementwise", "inner_steps": 2},
+        begins=dict(loss=0.1),
+    ),
     "partly used": dict(net="partly_used", ddp={"find_unused_parameters": True}),
     "tokens": dict(net="gpt2", gradient_accumulation_steps=2),
     "checkpointing": dict(net="gpt2", activation_checkpointing=True),
@@ -86,6 +91,7 @@ OF_ENGINE = {
         "own loss, steered": OWN_LOSS | dict(own_loss="divided", config={"epsilon": None}),
     },
     "fsdp2": {
+        "own loss": OWN_LOSS | dict(own_loss="divided", config={"epsilon": None}),
         "kept gathered after forward": dict(fsdp={"reshard_after_forward": False}),
         "bf16": dict(bf16=True, gradient_accumulation_steps=2),
         "scaled": dict(loss_scale=1024.0, gradient_accumulation_steps=2),

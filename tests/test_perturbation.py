@@ -98,9 +98,12 @@ def test_a_gradient_scaled_by_a_power_of_two_gives_the_same_delta_to_the_bit(bal
 @pytest.mark.parametrize("ball", BALLS)
 def test_ascending_adds_delta_and_restoring_gives_theta_back_to_the_bit(ball):
     params, gradient = tensors(0, torch.float32), joint(1, torch.float32)
-    theta, delta = copy.deepcopy(params), copy.deepcopy(gradient)
-    norm = project(delta, 0.1, ball, 0.5)
-    perturbation = Perturbation(params, 0.1, ball)
+    theta, units = copy.deepcopy(params), reference.units(params, ball)
+    delta = JointTensors.copy_of([u * g for u, g in zip(units, gradient)])
+    factor, norm, _ = shrinkage(delta, 0.7, ball, 0.5)
+    torch._foreach_mul_(delta.tensors, units)
+    torch._foreach_mul_(delta.tensors, factor)
+    perturbation = Perturbation(params, 0.7, ball)
     assert perturbation.ascend(gradient, 0.5) == norm
     assert same(params, [t + d for t, d in zip(theta, delta)])
     subtracted = [p - d for p, d in zip(params, delta)]
@@ -166,12 +169,14 @@ def test_the_parameters_keep_their_memory_throughout():
 def test_several_ascents_add_up_and_are_projected_each_time(ball, epsilon):
     params, theta = tensors(0), tensors(0)
     perturbation = Perturbation(params, epsilon, ball)
-    delta = [torch.zeros_like(t) for t in theta]
+    units = reference.units(theta, ball)
+    delta = [torch.zeros_like(t) for t in theta]  # in these units
     for seed in (1, 2, 3):
         ascent = joint(seed)
-        delta = reference.project([d + 0.3 * g for d, g in zip(delta, ascent)], epsilon, ball)
+        delta = [d + 0.3 * u * g for d, u, g in zip(delta, units, ascent)]
+        delta = reference.project(delta, epsilon, ball)
         norm = perturbation.ascend(ascent, 0.3)
-        expected = [t + d for t, d in zip(theta, delta)]
+        expected = [t + u * d for t, u, d in zip(theta, units, delta)]
         # Δ is read off from θ + Δ, where it has been rounded at the size of θ.
         torch.testing.assert_close(params, expected, rtol=0, atol=1e-13)
         torch.testing.assert_close(norm, reference.norm(delta), rtol=0, atol=1e-13)

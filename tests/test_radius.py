@@ -182,9 +182,9 @@ def test_losses_that_have_no_logarithm_do_not_bend():
 
 def slope_of(loss, theta, ball):
     """How far the longest Δ in a ball of radius 1 raises the loss, were it linear."""
-    gradient = reference.gradient(loss, theta)
-    each = [float(reference.norm([g])) for g in gradient]
-    return math.hypot(*each) if ball == "global" else sum(each)
+    gradient = zip(reference.gradient(loss, theta), reference.units(theta, ball))
+    each = [float(reference.norm([g * unit])) for g, unit in gradient]
+    return sum(each) if ball == "tensor" else math.hypot(*each)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -114,6 +114,9 @@ STOCK, AUGMENTING = "stock Trainer", "stock Trainer, augmenting"
 TRAINERS: dict[str, dict] = {
     STOCK: dict(cls=Trainer),
     "AMPTrainer": dict(cls=AMPTrainer, amp_config=AMPConfig(RADIUS, ascent_start=0.0)),
+    "AMPTrainer, elementwise": dict(
+        cls=AMPTrainer, amp_config=AMPConfig(RADIUS, ball="elementwise", ascent_start=0.0)
+    ),
     "AMPTrainer, reusing Δ": dict(
         cls=AMPTrainer,
         amp_config=AMPConfig(RADIUS, ascent_start=0.0, ascent_every=10**9, ascent_reuse=True),

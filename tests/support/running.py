@@ -18,7 +18,7 @@ from amp_hf.progress import keep
 from .data import Recorder, digits, padded, strokes
 from .models import language_model, make
 
-BALLS = ["global", "tensor"]
+BALLS = ["global", "tensor", "elementwise"]
 SCOPES = ["micro_batch", "batch"]
 ADAMW = dict(
     optim="adamw_torch",
