@@ -37,7 +37,7 @@ class AMPConfig:
         default=None,
         metadata={
             "help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer. By "
-            "default it sets itself, so that the loss rises by `rise` at most."
+            "default it sets itself, so that the loss rises by about `rise`."
         },
     )
     rise: float = field(
@@ -100,7 +100,7 @@ class AMPConfig:
         default=False,
         metadata={
             "help": "Perturb the steps between two ascents, too, by the last perturbation; such "
-            "steps cost no more than plain ones."
+            "steps make one pass, as plain ones do."
         },
     )
 
@@ -122,7 +122,7 @@ class AMPConfig:
 
     @classmethod
     def for_budget(cls, budget: float) -> AMPConfig:
-        """`AMPConfig()` with fewer ascents, for `budget` times the stock Trainer's time.
+        """`AMPConfig()` with fewer ascents, for `budget` times the stock Trainer's passes.
 
         An ascent costs one further pass. Every k-th step of the last part of the training has one,
         and the steps between reuse its Δ. That part is as near to 60 % of the training as a whole k
@@ -131,8 +131,8 @@ class AMPConfig:
         recipes/measurements/README.md has the measurements, and says where this loses.
 
         Args:
-            budget: > 1, counted in passes. Moving the parameters comes on top (measured there,
-                too), and so does the ascent that follows a checkpoint.
+            budget: > 1. Moving the parameters comes on top (measured there, too), and so does the
+                ascent that follows a checkpoint.
 
         Raises:
             ValueError: any other budget.
@@ -141,7 +141,7 @@ class AMPConfig:
         if not passes > 1:
             raise ValueError(
                 "AMPConfig.for_budget takes a finite number > 1, times the stock Trainer's "
-                f"training time, got {_shown(budget)}. AMPConfig(epsilon=0) is the stock Trainer."
+                f"passes, got {_shown(budget)}. AMPConfig(epsilon=0) is the stock Trainer."
             )
         spare = min(passes - 1, 0.3)
         # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.

@@ -55,7 +55,7 @@ class DigitsArguments:
     output_dir: str = "outputs/digits"
     budget: float | None = field(
         default=None,
-        metadata={"help": "Times the stock Trainer's training time, > 1: AMPConfig.for_budget."},
+        metadata={"help": "Times the stock Trainer's passes, > 1: AMPConfig.for_budget."},
     )
 
     def __post_init__(self) -> None:

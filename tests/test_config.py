@@ -253,9 +253,8 @@ def test_the_settings_of_the_budget_that_is_recommended():
 def test_a_budget_that_buys_no_ascent_is_refused(budget):
     with pytest.raises(ValueError) as caught:
         AMPConfig.for_budget(budget)
-    assert (
-        f"takes a finite number > 1, times the stock Trainer's training time, got {budget!r}."
-        in (str(caught.value))
+    assert f"takes a finite number > 1, times the stock Trainer's passes, got {budget!r}." in (
+        str(caught.value)
     )
 
 

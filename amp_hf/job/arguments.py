@@ -64,7 +64,7 @@ class JobArguments:
     budget: float | None = field(
         default=None,
         metadata={
-            "help": "Training time to spend, in multiples > 1 of the stock Trainer's: sets AMP as "
+            "help": "Passes to make, in multiples > 1 of the stock Trainer's: sets AMP as "
             "AMPConfig.for_budget does. Other arguments override it."
         },
     )
