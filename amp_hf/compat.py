@@ -42,12 +42,12 @@ def sgd_with_arguments(args: Any) -> dict[str, Any]:
 
 
 # From 5.19 on; an older Trainer divides a loss whatever a subclass of it says.
-ASKS_WHO_DIVIDES = _transformers >= Version("5.19")
+HEEDS_LOSS_IS_SCALED = _transformers >= Version("5.19")
 
 
 def loss_is_scaled_for_ga(trainer: Any) -> bool:
     """Whether the loss comes divided by the micro-batches, so that the Trainer does not."""
-    return ASKS_WHO_DIVIDES and trainer.loss_is_scaled_for_ga
+    return HEEDS_LOSS_IS_SCALED and trainer.loss_is_scaled_for_ga
 
 
 def computes_in_bf16() -> bool:

@@ -43,14 +43,14 @@ class Feedback:
     def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None) -> None:
         self._accelerator = accelerator
         self.radius = Radius(**state["radius"]) if state else Radius()
-        # Of past steps, the oldest first.
-        self._past: deque[_Measured | list[float]] = deque(state["past"] if state else [])
+        past = state["past"] if state else []  # of the last steps, the oldest first
+        self._past = deque(_Measured(target, _exactly(rest)) for target, *rest in past)
         self.target = 0.0
 
     def next_step(self, rise: float, epochs: int, progress: float) -> None:
         """Sets the target of the step that begins; see `Radius.target` for the arguments."""
         while len(self._past) > 1:
-            target, loss, perturbed_loss, linear_rise = _read(self._past.popleft())
+            target, loss, perturbed_loss, linear_rise = self._past.popleft().read()
             self.radius.observe(loss)
             # Where the batch was bad or Δ not finite, and so zero, nothing is learnt about Δ.
             if math.isfinite(loss) and linear_rise > 0:
@@ -69,9 +69,9 @@ class Feedback:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint after the present step, as JSON has it."""
-        self._past = deque(_read(measured) for measured in self._past)
-        return {"radius": dict(vars(self.radius)), "past": list(self._past)}
+        past = [measured.read() for measured in self._past]
+        return {"radius": dict(vars(self.radius)), "past": past}
 
 
-def _read(measured: _Measured | list[float]) -> list[float]:
-    return measured.read() if isinstance(measured, _Measured) else measured
+def _exactly(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)

@@ -135,10 +135,6 @@ class LossFunction:
         """L(θ)."""
         return self._sum(lambda loss: (), 1)[0]
 
-    def gradient(self) -> list[Tensor]:
-        """∇L(θ)."""
-        return self.loss_and_gradient()[1]
-
     def hessian_product(self, vector: Vector) -> list[Tensor]:
         """∇²L(θ)·v."""
 

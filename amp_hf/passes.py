@@ -54,13 +54,13 @@ class LossScale:
 
     Attributes:
         num_items: what the passes are told.
-        gradient: what their gradients are multiplied by to be those of the mean.
-        logged: what a loss is divided by to be the one that the Trainer would have logged.
+        gradient_factor: what their gradients are multiplied by to be those of the mean.
+        loss_divisor: what a loss is divided by to be the one that the Trainer would have logged.
     """
 
     num_items: Count
-    gradient: float = 1.0
-    logged: Any = 1
+    gradient_factor: float = 1.0
+    loss_divisor: Any = 1
 
 
 class ParentPasses:
@@ -98,19 +98,19 @@ class ParentPasses:
     def loss_scale(
         self, scope: Scope, window: int, batches: list, num_items: Count, kind: LossKind
     ) -> LossScale:
-        """Of the passes on `batches`, for a Δ of `scope`; the cases are those of `LossScale`."""
+        """For the inner passes on `batches`, where Δ has this `scope`."""
         if window * self._trainer.accelerator.num_processes == 1:
             return LossScale(num_items)
         if scope == "batch":
-            return LossScale(num_items, gradient=self.mean_factor(window, num_items, kind))
+            return LossScale(num_items, self.mean_factor(window, num_items, kind))
         with self.as_a_step_of_its_own():
             own_items: Any = self.count_items(batches)
-        share: Any = 1
+        divisor: Any = 1
         if kind.divided_by == "items" and own_items is not None:
-            share = own_items / num_items
-        elif kind.divided_by is not None:
-            share = 1 / window
-        return LossScale(own_items, logged=1 / (share * self._growth(num_items, kind)))
+            divisor = num_items / own_items
+        elif kind.divided_by is not None:  # where nothing counts items, it is by micro-batches
+            divisor = window
+        return LossScale(own_items, loss_divisor=divisor / self._growth(num_items, kind))
 
     def mean_factor(self, window: int, num_items: Count, kind: LossKind) -> float:
         """What the sum of a window's losses, as logged, is multiplied by to be their mean."""
@@ -139,7 +139,7 @@ class ParentPasses:
         tensors: StepTensors,
         last: bool,
     ) -> LossKind | None:
-        """Found by passes on `batch`; `None` where a loss of zero does not tell.
+        """Found by passes on `batch`; `None` where its loss is 0 or not finite, and does not tell.
 
         Args:
             last: as `Engine.inner_passes` takes it.

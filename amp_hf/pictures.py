@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from .flatness import LossSurface, norm, worst_case_cost
 from .metrics import calibration_bins
 
+_LOSS = "training loss, nats"
 _STYLES: list[dict[str, Any]] = [
     dict(color="#D55E00", linestyle="--", marker="s"),
     dict(color="#0072B2", linestyle="-", marker="o"),
@@ -70,7 +71,7 @@ def loss_curves(
     return numbers
 
 
-def draw_loss_curves(numbers: dict[str, Any], loss: str = "training loss, nats") -> Figure:
+def draw_loss_curves(numbers: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, model), style in zip(numbers["models"].items(), _STYLES):
@@ -87,7 +88,7 @@ def draw_loss_curves(numbers: dict[str, Any], loss: str = "training loss, nats")
     right.set_title(f"along the worst direction within {numbers['radius']:g}")
     right.set_xlabel("distance, in parameter units")
     for axis in (left, right):
-        axis.set_ylabel(loss)
+        axis.set_ylabel(_LOSS)
         _finish(axis)
     return figure
 
@@ -106,7 +107,7 @@ def loss_contours(
     return numbers
 
 
-def draw_loss_contours(numbers: dict[str, Any], loss: str = "training loss, nats") -> Figure:
+def draw_loss_contours(numbers: dict[str, Any]) -> Figure:
     models = numbers["models"]
     figure = Figure(figsize=(4.3 * len(models) + 1, 4.2), layout="constrained")
     axes = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
@@ -126,7 +127,7 @@ def draw_loss_contours(numbers: dict[str, Any], loss: str = "training loss, nats
         axis.set_xlabel("first direction, in lengths of the weights")
         axis.set_aspect("equal")
     axes[0].set_ylabel("second direction, in lengths of the weights")
-    figure.colorbar(filled, ax=axes, label=loss, format="%.2g")
+    figure.colorbar(filled, ax=axes, label=_LOSS, format="%.2g")
     return figure
 
 

@@ -36,7 +36,7 @@ class Run:
 
     @classmethod
     def of(cls, state: TrainerState, accelerator: Accelerator) -> Run:
-        """A new one, or what goes on from a checkpoint."""
+        """That of a training that begins, or that goes on from a checkpoint."""
         feedback = Feedback(accelerator, kept(state).get("feedback"))
         return cls(state, Progress.of(state), feedback)
 
@@ -61,17 +61,17 @@ class Window:
     measured: Tensor | None = None
 
 
-def in_one(loss: Tensor, *values: Tensor) -> Tensor:
-    """All of them in one tensor, where `loss` is and at least in float32, to be added up."""
+def stacked(loss: Tensor, *values: Tensor) -> Tensor:
+    """All of them in one tensor, on the device of `loss` and at least in float32."""
     dtype = torch.promote_types(loss.dtype, torch.float32)
     return torch.stack([value.to(loss.device, dtype) for value in (loss, *values)])
 
 
 @dataclass
 class LogMeans:
-    """Of the loss at θ + Δ, its rise over the one at θ, and ‖Δ‖₂, since they were last taken.
+    """Means of the loss at θ + Δ, of its rise over the one at θ, and of ‖Δ‖₂.
 
-    They are over the steps with an ascent.
+    They are over the steps with an ascent since the means were last taken.
     """
 
     steps: float = 0.0
@@ -79,7 +79,7 @@ class LogMeans:
 
     def add(self, loss: Tensor, clean_loss: Tensor, delta_norm: Tensor, share: float) -> None:
         """Adds one micro-batch, which is `share` of a step."""
-        sums = in_one(loss, loss - clean_loss, delta_norm * share)
+        sums = stacked(loss, loss - clean_loss, delta_norm * share)
         self.sums = sums if self.sums is None else self.sums + sums
         self.steps += share
 

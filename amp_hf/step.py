@@ -28,7 +28,7 @@ from .parameters import StepTensors, check_no_hooks
 from .passes import Count, LossKind, ParentPasses
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
 from .progress import keep
-from .run import LogMeans, Run, Window, in_one
+from .run import LogMeans, Run, Window, stacked
 
 # A ζ so large that any Δ leaves the ball and is projected onto it, yet far from float32's limits.
 # The last ascent then decides alone where on the sphere Δ lies.
@@ -238,8 +238,8 @@ class PerturbedStep:
             if config.ascent_fraction < 1:
                 batches = [first_samples(batch, config.ascent_fraction) for batch in batches]
                 num_items = parent.count_items(batches)
-            losses = self._inner_passes(model, batches, num_items, scale.gradient)
-        window.clean_losses = [loss / scale.logged for loss in losses]
+            losses = self._inner_passes(model, batches, num_items, scale.gradient_factor)
+        window.clean_losses = [loss / scale.loss_divisor for loss in losses]
 
     def _is_joined(self) -> bool:
         """Whether a micro-batch is only a part of the step's batch."""
@@ -265,7 +265,7 @@ class PerturbedStep:
         window = self.window
         size = max(1, len(window.batches))
         factor = self.parent.mean_factor(size, num_items, self._loss_kind)
-        measured = in_one(factor * loss.detach(), factor * perturbed_loss.detach(), linear_rise)
+        measured = stacked(factor * loss.detach(), factor * perturbed_loss.detach(), linear_rise)
         window.measured = measured if window.measured is None else window.measured + measured
         if self.trainer.accelerator.sync_gradients:  # the last one: the optimizer steps next
             self._feedback.add(window.measured)
@@ -324,7 +324,7 @@ class PerturbedStep:
     def _begin_radius(self, loss: Tensor, slope: Tensor) -> None:
         """The first ascent of a run waits for the device, once: nothing is known before."""
         feedback, accelerator = self._feedback, self.trainer.accelerator
-        found = accelerator.reduce(in_one(loss, slope).to(accelerator.device), "mean")
+        found = accelerator.reduce(stacked(loss, slope).to(accelerator.device), "mean")
         feedback.radius.begin(feedback.target, *found.tolist())
         self.window.perturbation.epsilon = feedback.radius.epsilon or 0.0
 

@@ -2,7 +2,7 @@
 
     python recipes/train_cifar10.py                                # fine-tunes timm's resnet18
     python recipes/train_cifar10.py --from_scratch                 # a small network for objects
-    accelerate launch recipes/train_cifar10.py --epsilon 0           # the stock Trainer
+    accelerate launch recipes/train_cifar10.py --epsilon 0         # the stock Trainer
 
 Every field of TrainingArguments, AMPConfig and ImageArguments is an argument; a YAML file of them
 may come first.

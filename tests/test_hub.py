@@ -389,7 +389,7 @@ def test_what_cannot_be_measured_for_the_card_keeps_no_model_from_the_hub(
     words = [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path / 'out'}", "--flatness"]
     words += ["--push_to_hub", f"--hub_model_id={REPO}", f"--hub_token={hub.token}"]
     with pytest.raises(RuntimeError, match="aten::something"):
-        main({}, {}, None, words)
+        main(argv=words)
     assert "lacks what could not be measured: derivative for aten" in capsys.readouterr().err
     assert "## Results" in hub.files(REPO)["README.md"].decode()
     assert "model.safetensors" in hub.files(REPO)
@@ -409,10 +409,10 @@ def test_a_model_that_diverged_replaces_none_on_the_hub(tmp_path, hub, capsys):
         f"--hub_model_id={REPO}",
         f"--hub_token={hub.token}",
     ]
-    main({}, {}, None, words)
+    main(argv=words)
     good = hub.files(REPO)["model.safetensors"]
     with pytest.raises(SystemExit) as exit:
-        main({}, {}, None, [*words, "--learning_rate=1e30", "--num_train_epochs=3"])
+        main(argv=[*words, "--learning_rate=1e30", "--num_train_epochs=3"])
     assert exit.value.code == 1 and "The training diverged" in capsys.readouterr().err
     assert hub.files(REPO)["model.safetensors"] == good
 

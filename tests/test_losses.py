@@ -38,7 +38,7 @@ from torch import nn
 from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
-from amp_hf.compat import ASKS_WHO_DIVIDES
+from amp_hf.compat import HEEDS_LOSS_IS_SCALED
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -178,7 +178,7 @@ class DividingTrainer(AMPTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.skipif(not ASKS_WHO_DIVIDES, reason="this Trainer divides every loss")
+@pytest.mark.skipif(not HEEDS_LOSS_IS_SCALED, reason="this Trainer divides every loss")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_loss_that_divides_by_the_micro_batches_itself_is_as_good(tmp_path, scope):
     def run(cls):

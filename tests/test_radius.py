@@ -9,7 +9,6 @@ from support import (
     BALLS,
     SCOPES,
     always,
-    arguments,
     assert_at,
     average,
     digits,
@@ -377,9 +376,3 @@ def test_a_callback_may_fix_the_radius_and_let_it_set_itself_again(tmp_path):
     trainer.train()
     norms = logged(trainer, "amp/delta_norm")
     assert [round(norm, 4) == 0.01 for norm in norms] == [step in (8, 9) for step in range(16)]
-
-
-def test_arguments_have_the_rise(tmp_path):
-    trainer = trainer_for(make(), tmp_path, AMPConfig(rise=0.05))
-    assert "amp_config" not in arguments(tmp_path).to_dict()
-    assert trainer.amp_config.rise == 0.05 and trainer.amp_config.epsilon is None

@@ -156,7 +156,7 @@ def test_pictures_without_matplotlib_are_refused_before_the_training(
 ):
     monkeypatch.setattr(amp_job, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        main({}, {}, None, [*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path}",
+        main(argv=[*SMALL.split(), f"--dataset={data}", f"--output_dir={tmp_path}",
                             "--flatness"])  # fmt: skip
     assert "draw pictures: pip install matplotlib." in capsys.readouterr().err
 
@@ -215,7 +215,7 @@ def test_a_yaml_file_sets_arguments_and_the_command_line_overrides_them(tmp_path
 def test_a_yaml_file_that_is_wrong_ends_with_one_line(tmp_path, capsys, text):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit) as exit:
-        main({}, {}, None, [str(tmp_path / "run.yaml")])
+        main(argv=[str(tmp_path / "run.yaml")])
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "run.yaml must be YAML" in line or "--no_such_argument" in line
@@ -224,7 +224,7 @@ def test_a_yaml_file_that_is_wrong_ends_with_one_line(tmp_path, capsys, text):
 def test_every_amp_field_is_an_argument(tmp_path):
     amp = AMPConfig(0.2, 0.05, 0.5, 2, "tensor", "batch", 0.3, 2, 0.5, "norm", "both", True)
     argv = [f"--{name}={value}" for name, value in amp.to_dict().items()]
-    assert parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)])[2] == amp
+    assert parse(argv=[*argv, "--output_dir", str(tmp_path)])[2] == amp
 
 
 def test_the_cpu_itself_says_whether_it_computes_in_bf16():
@@ -265,7 +265,7 @@ def test_a_network_for_small_images_computes_in_bf16_unless_something_else_is_as
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     argv = [*words.split(), "--output_dir", str(tmp_path)]
-    assert parse({}, {}, None, argv)[1].bf16 == bf16
+    assert parse(argv=argv)[1].bf16 == bf16
 
 
 def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
@@ -295,7 +295,7 @@ def test_only_what_is_trained_on_is_flipped_and_no_longer_where_flatness_is_meas
 ):
     words = [*SMALL.split(), "--augment=light_objects", "--dataset", data]
     words += ["--validation_fraction=0.2", "--max_train_samples=40", f"--output_dir={tmp_path}"]
-    job = ImageJob(*parse({}, {}, None, words))
+    job = ImageJob(*parse(argv=words))
     train = job.trainer.train_dataset
     assert len(train.flip.first) == len(train) == 40
     plain = job.unaugmented(train, job.trainer.model)
@@ -319,13 +319,13 @@ def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(
     common += ["--per_device_train_batch_size=8", "--learning_rate=0.01"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
-        main({}, {}, None, [*common, "--output_dir", str(folder), "--save_strategy=epoch"])
+        main(argv=[*common, "--output_dir", str(folder), "--save_strategy=epoch"])
     shutil.rmtree(parts / "checkpoint-40")
     (parts / "checkpoint-30").mkdir()  # the run was killed while it saved this one
     (parts / "checkpoint-30" / "model.safetensors").touch()
     capfd.readouterr()
     resumed = [*common, "--output_dir", str(parts), "--save_strategy=epoch"]
-    main({}, {}, None, [*resumed, "--resume_from_checkpoint=true"])
+    main(argv=[*resumed, "--resume_from_checkpoint=true"])
     bar = capfd.readouterr().err
     assert "| 20/40 [00:00<?, " in bar and "| 1/40 " not in bar
     assert re.search(r"\| \d\d/40 \[\d\d:\d\d<\d\d:\d\d, .*, ends \d\d:\d\d\]", bar)
@@ -338,9 +338,9 @@ def test_resuming_from_the_command_line_ends_where_the_uninterrupted_run_ends(
 
 def test_a_budget_sets_the_amp_config_and_further_arguments_override_it(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--budget=1.15"]
-    assert parse({}, {}, None, argv)[2] == AMPConfig.for_budget(1.15)
+    assert parse(argv=argv)[2] == AMPConfig.for_budget(1.15)
     own = ["--epsilon=0.1", "--ascent_reuse=false", "--rise=0.3"]
-    overridden = parse({}, {}, None, [*argv, *own])[2]
+    overridden = parse(argv=[*argv, *own])[2]
     assert overridden == AMPConfig(epsilon=0.1, rise=0.3, ascent_start=0.4, ascent_every=4)
 
 
@@ -350,14 +350,14 @@ def test_only_what_is_trained_on_is_mirrored_and_only_what_the_dataset_knows(
     mirrored = {"zero": "zero", "six": "nine", "eight": "stop", "left": "right"}
     words = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
     words += ["--validation_fraction=0.2", "--mirrored", json.dumps(mirrored)]
-    job = ImageJob(*parse({}, {}, None, [*words, "--augment=strong_signs"]))
+    job = ImageJob(*parse(argv=[*words, "--augment=strong_signs"]))
     assert "does not have: ['left', 'right', 'stop']." in caplog.text
     trained = job.trainer.train_dataset
     seen, own = trained.__getitems__([*range(len(trained))])["labels"], trained.labels
     changed = {(a, b) for a, b in zip(own.tolist(), seen.tolist()) if a != b}
     assert changed == {(6, 9), (9, 6)}
     plain = job.unaugmented(trained, job.trainer.model)
-    others = ImageJob(*parse({}, {}, None, [*words, "--augment=signs"])).trainer.train_dataset
+    others = ImageJob(*parse(argv=[*words, "--augment=signs"])).trainer.train_dataset
     for dataset in (plain, job.trainer.eval_dataset, job.tests["test"], others):
         everything = dataset.__getitems__([*range(len(dataset))])
         assert torch.equal(everything["labels"], dataset.labels)
@@ -426,7 +426,7 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(
     monkeypatch.chdir(RECIPES.parent)
     good = [*SMALL.split(), "--model=vit_tiny_patch16_224", "--dataset", data]
     with pytest.raises(SystemExit) as exit:
-        main({}, {}, None, [*good, "--output_dir", str(tmp_path), argument])
+        main(argv=[*good, "--output_dir", str(tmp_path), argument])
     assert exit.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert BAD[argument] in lines[-1]
@@ -443,7 +443,7 @@ def test_an_image_that_a_worker_cannot_decode_ends_with_one_line(tmp_path, monke
     broken.to_parquet(tmp_path / "set" / "train.parquet")
     argv = [*SMALL.split(), "--dataset", str(tmp_path / "set"), "--output_dir", str(tmp_path / "o")]
     with pytest.raises(SystemExit) as exit:
-        main({}, {}, None, [*argv, "--dataloader_num_workers=2"])
+        main(argv=[*argv, "--dataloader_num_workers=2"])
     assert exit.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert ": error: Image 13 of column 'img' cannot be decoded: " in last
@@ -464,7 +464,7 @@ def spoiled(folder, split, spoil):
 def failure(capsys, *argv):
     """The exit code of the recipe, and the last line it prints."""
     with pytest.raises(SystemExit) as exit:
-        main({}, {}, None, [*SMALL.split(), *argv])
+        main(argv=[*SMALL.split(), *argv])
     return exit.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -489,7 +489,7 @@ def test_an_unlabeled_image_is_named_by_its_number(tmp_path, capsys, label):
 
 def test_without_labels_in_the_test_split_there_are_no_test_results(tmp_path, capsys):
     argv = spoiled(tmp_path, "test", lambda cells: cells.__setitem__("label", [-1] * 16))
-    found = main({}, {}, None, [*SMALL.split(), *argv])
+    found = main(argv=[*SMALL.split(), *argv])
     assert "The test split has no labels" in capsys.readouterr().out
     assert "train_loss" in found and "test_accuracy" not in found
 
@@ -529,7 +529,7 @@ def test_what_one_track_shows_is_not_divided_between_training_and_validation(tmp
     for length in (1, frames):
         argv = [*SMALL.split(), "--dataset", str(tmp_path), "--validation_fraction=0.25"]
         argv += [f"--track_length={length}", "--output_dir", str(tmp_path / "out")]
-        job = ImageJob(*parse({}, {}, None, argv))
+        job = ImageJob(*parse(argv=argv))
         parts = [number_of[rows[NUMBER][:]] for rows in (job.rows.train, job.rows.validation)]
         assert sum(map(len, parts)) == len(shown)
         divided[length] = len(np.intersect1d(*parts)) / len(digits)
@@ -550,12 +550,12 @@ def test_a_class_too_large_to_compare_all_of_its_images_is_refused(tmp_path, dat
     monkeypatch.setattr(tracks, "LARGEST", 10)
     argv = [*SMALL.split(), "--dataset", data, "--validation_fraction=0.1", "--track_length=5"]
     with pytest.raises(ValueError, match="up to 10 of them, and class 0 has 1"):
-        ImageJob(*parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)]))
+        ImageJob(*parse(argv=[*argv, "--output_dir", str(tmp_path)]))
 
 
 def test_a_class_of_one_track_is_trained_on_and_validated(tmp_path, data):
     argv = [*SMALL.split(), "--dataset", data, "--validation_fraction=0.1", "--track_length=1000"]
-    job = ImageJob(*parse({}, {}, None, [*argv, "--output_dir", str(tmp_path)]))
+    job = ImageJob(*parse(argv=[*argv, "--output_dir", str(tmp_path)]))
     for part in (job.rows.train, job.rows.validation):
         assert set(part["label"]) == {*range(10)}
 
@@ -563,14 +563,14 @@ def test_a_class_of_one_track_is_trained_on_and_validated(tmp_path, data):
 def test_splits_to_test_on_may_have_the_names_of_those_to_train_and_validate_on(tmp_path, data):
     argv = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
     argv += ["--max_train_samples=50", "--validation_fraction=0.25", "--eval_splits", "train"]
-    job = ImageJob(*parse({}, {}, None, argv))
+    job = ImageJob(*parse(argv=argv))
     assert [len(job.trainer.train_dataset), len(job.trainer.eval_dataset)] == [50, 40]
     assert {name: len(test) for name, test in job.tests.items()} == {"test": 80, "train": 160}
 
 
 def test_sgd_has_the_momentum_that_is_asked_for(tmp_path, data):
     argv = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
-    trainer = ImageJob(*parse({}, {}, None, argv)).trainer
+    trainer = ImageJob(*parse(argv=argv)).trainer
     groups = trainer.create_optimizer().param_groups
     assert {(group["momentum"], group["nesterov"]) for group in groups} == {(0.9, True)}
 
@@ -578,7 +578,7 @@ def test_sgd_has_the_momentum_that_is_asked_for(tmp_path, data):
 def test_a_last_batch_of_one_image_is_dropped(tmp_path, data):
     argv = ["--dataset", data, "--output_dir", str(tmp_path), "--max_train_samples=33"]
     argv += ["--per_device_train_batch_size=16", "--remove_unused_columns=true"]
-    found = main({}, {}, None, [*SMALL.split(), *argv, "--max_eval_samples=7"])
+    found = main(argv=[*SMALL.split(), *argv, "--max_eval_samples=7"])
     assert round(found["test_accuracy"] * 7, 6) in range(8)  # no image is left out of the test
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 4

@@ -80,7 +80,7 @@ def test_the_text_recipe_trains_tests_compares_and_says_how_to_load(
     assert "largest eigenvalue" in card.text and card.text.count(".png)") == 3
     # The baseline is what the stock Trainer trains from the same seed.
     stock = arguments(data, encoder, tmp_path / "stock", "--epsilon=0", "--max_train_samples=16")
-    main({}, {}, None, stock)
+    main(argv=stock)
     baseline, expected = (
         AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
         for folder in (out / "_erm", tmp_path / "stock")
@@ -91,7 +91,7 @@ def test_the_text_recipe_trains_tests_compares_and_says_how_to_load(
 @pytest.mark.slow
 def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, encoder, capsys):
     argv = arguments(data, encoder, tmp_path, "--epsilon=0.1", "--lora=4", "--compare_erm")
-    found = main({}, {}, None, argv)
+    found = main(argv=argv)
     saved = {path.name for path in tmp_path.iterdir()}
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
     card = (tmp_path / "README.md").read_text()
@@ -109,7 +109,7 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
     predicted = [sorted(MODULES)[i] for i in logits[:4].argmax(1)]
     assert [each["label"] for each in names["classify"](rows["what"][:4])] == predicted
     # What --flatness measures: the loss along the adapters and the head.
-    job = TextJob(*parse({}, {}, None, argv))
+    job = TextJob(*parse(argv=argv))
     trained, loaded = (
         {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         for model in (job.trainer.model, job.load(str(tmp_path)))
@@ -123,7 +123,7 @@ def test_with_adapters_every_new_module_is_trained_and_saved(tmp_path, data, enc
     sizes = dict(dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     DistilBertModel(DistilBertConfig(vocab_size=500, **sizes)).save_pretrained(folder)
     argv = arguments(data, str(folder), tmp_path / "out", "--lora=4")
-    job = TextJob(*parse({}, {}, None, argv))
+    job = TextJob(*parse(argv=argv))
     trained = [name for name, each in job.trainer.model.named_parameters() if each.requires_grad]
     assert any("pre_classifier" in name for name in trained)
     job.trainer.save_model()
@@ -138,7 +138,7 @@ def test_with_adapters_every_new_module_is_trained_and_saved(tmp_path, data, enc
 def test_a_text_is_cut_off_where_the_encoder_ends(tmp_path, data, encoder):
     folder = shutil.copytree(encoder, tmp_path / "short")
     AutoTokenizer.from_pretrained(folder, model_max_length=7).save_pretrained(folder)
-    job = TextJob(*parse({}, {}, None, arguments(data, str(folder), tmp_path / "out")))
+    job = TextJob(*parse(argv=arguments(data, str(folder), tmp_path / "out")))
     assert max(map(len, job.trainer.train_dataset["input_ids"])) == 7
 
 
@@ -147,7 +147,7 @@ def test_an_encoder_that_was_trained_for_several_labels_a_text_learns_one(tmp_pa
     config = AutoConfig.from_pretrained(folder, problem_type="multi_label_classification")
     config.save_pretrained(folder)
     argv = arguments(data, str(folder), tmp_path / "out", "--max_train_samples=8")
-    assert math.isfinite(main({}, {}, None, argv)["test_nll"])
+    assert math.isfinite(main(argv=argv)["test_nll"])
 
 
 @pytest.mark.parametrize("lora", [0, 4])
@@ -157,7 +157,7 @@ def test_accumulated_micro_batches_are_averaged(tmp_path, data, encoder, lora):
         sizes = [f"--per_device_train_batch_size={size}", f"--gradient_accumulation_steps={count}"]
         sizes += ["--max_train_samples=16", "--learning_rate=1e-9"]
         argv = arguments(data, encoder, tmp_path, *sizes, f"--lora={lora}")
-        losses.append(main({}, {}, None, argv)["train_loss"])
+        losses.append(main(argv=argv)["train_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)  # dropout differs
 
 
@@ -167,7 +167,7 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path, data, encoder, capsys)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
     with pytest.raises(SystemExit):
-        main({}, {}, None, arguments(data, str(folder), tmp_path / "out"))
+        main(argv=arguments(data, str(folder), tmp_path / "out"))
     assert "could not be loaded (its tokenizer has no padding token)" in capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ def test_adapters_resume_to_the_bit(tmp_path, data, encoder):
     def train(name, *more):
         folder = tmp_path / name
         more = ["--epsilon=0.1", "--lora=4", "--max_train_samples=32", "--seed=3", *more]
-        main({}, {}, None, arguments(data, encoder, folder, *more))
+        main(argv=arguments(data, encoder, folder, *more))
         return (folder / "adapter_model.safetensors").read_bytes()
 
     whole = train("whole")
@@ -190,7 +190,7 @@ def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path,
     pairs.to_json(tmp_path / "pairs.jsonl")
     argv = arguments(str(tmp_path / "pairs.jsonl"), encoder, tmp_path / "out", "--max_length=40")
     argv += ["--text_column", "what", "twice", "--validation_fraction=0.25"]
-    job = TextJob(*parse({}, {}, None, argv))
+    job = TextJob(*parse(argv=argv))
     batch = next(iter(job.trainer.get_train_dataloader()))
     assert batch["input_ids"].shape[1] == 40
     assert ((batch["input_ids"] == 3).sum(1) == 2).all()  # two separators
@@ -216,7 +216,7 @@ def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path,
 )
 def test_bad_input_ends_with_one_line(tmp_path, data, encoder, capsys, words, said):
     with pytest.raises(SystemExit) as exit:
-        main({}, {}, None, [*arguments(data, encoder, tmp_path), *words])
+        main(argv=[*arguments(data, encoder, tmp_path), *words])
     assert exit.value.code == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -230,7 +230,7 @@ def test_a_label_of_strings_is_not_taken_for_the_text_and_other_columns_do_not_m
     ]
     datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
     argv = ["--model", encoder, f"--dataset={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path}"]
-    job = TextJob(*parse({}, {}, None, argv))
+    job = TextJob(*parse(argv=argv))
     assert (job.text_columns, job.rows.label_column) == (["what"], "label")
 
 
@@ -246,7 +246,7 @@ def test_a_broken_file_ends_with_what_is_wrong_with_it(tmp_path, encoder, capsys
     file = tmp_path / "rows.csv"
     file.write_text(lines)
     with pytest.raises(SystemExit) as exit:
-        main({}, {}, None, arguments(str(file), encoder, tmp_path / "out"))
+        main(argv=arguments(str(file), encoder, tmp_path / "out"))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 2 and said in line and "train_digits" not in line
 
@@ -258,10 +258,10 @@ def test_one_of_several_configurations_is_chosen_by_name(tmp_path, encoder, caps
         head += [f"- config_name: {name}", f"  data_files: {name}.csv"]
     (tmp_path / "README.md").write_text("\n".join([*head, "---", ""]))
     argv = arguments(str(tmp_path), encoder, tmp_path / "out")
-    job = TextJob(*parse({}, {}, None, [*argv, "--dataset_config=second"]))
+    job = TextJob(*parse(argv=[*argv, "--dataset_config=second"]))
     assert len(job.trainer.train_dataset) == 16
     with pytest.raises(SystemExit):
-        main({}, {}, None, argv)
+        main(argv=argv)
     assert "['first', 'second'], with --dataset_config" in capsys.readouterr().err
 
 
@@ -270,7 +270,7 @@ def test_numbers_with_fractions_are_no_classes(tmp_path, encoder, capsys):
     rows.to_parquet(tmp_path / "scored.parquet")
     argv = arguments(str(tmp_path / "scored.parquet"), encoder, tmp_path / "out")
     with pytest.raises(SystemExit):
-        main({}, {}, None, [*argv, "--label_column=score"])
+        main(argv=[*argv, "--label_column=score"])
     assert "'score' holds numbers of type float64, which are no classes" in capsys.readouterr().err
 
 

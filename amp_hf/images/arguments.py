@@ -28,7 +28,7 @@ class ImageArguments(JobArguments):
     image_column: str | None = field(
         default=None, metadata={"help": "Default: the first column of images."}
     )
-    image_size: int = field(default=32, metadata={"help": "Pixels a side, after resizing."})
+    image_size: int = field(default=128, metadata={"help": "Pixels a side, after resizing."})
     model_args: dict | str | None = field(
         default=None,
         metadata={"help": "Further arguments of the timm model, in JSON: '{\"patch_size\": 4}'."},
@@ -64,7 +64,7 @@ class ImageArguments(JobArguments):
     def __post_init__(self) -> None:
         self.model_args = _json_object("model_args", self.model_args)
         self.mirrored = _both_ways(_json_object("mirrored", self.mirrored) or {})
-        self._check_at_least_one("image_size", "track_length")
+        self._check_positive("image_size", "track_length")
         if self.cutout < 0:
             raise ValueError(f"--cutout must be at least 0, got {self.cutout}.")
         super().__post_init__()
@@ -93,7 +93,6 @@ def _both_ways(mirrored: dict[str, Any]) -> dict[str, str]:
 
 # For fine-tuning. Each recipe adds what its dataset needs.
 _DEFAULTS: dict[str, Any] = dict(
-    image_size=128,
     num_train_epochs=10,
     learning_rate=0.01,
     per_device_train_batch_size=128,
@@ -123,8 +122,8 @@ _NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def parse(
-    defaults: dict[str, Any],
-    from_scratch_defaults: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    from_scratch_defaults: dict[str, Any] | None = None,
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> tuple[ImageArguments, TrainingArguments, AMPConfig]:
@@ -132,11 +131,11 @@ def parse(
 
     Those of a network that a recipe takes by itself come last.
     """
-    from_scratch_defaults = _FROM_SCRATCH_DEFAULTS | defaults | from_scratch_defaults
+    defaults, from_scratch_defaults = defaults or {}, from_scratch_defaults or {}
     return arguments.parse(
         ImageArguments,
         _DEFAULTS | defaults,
-        from_scratch_defaults,
+        _FROM_SCRATCH_DEFAULTS | defaults | from_scratch_defaults,
         description,
         argv,
         _NETWORK_DEFAULTS,

@@ -26,7 +26,7 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 
-from ..job.saved import origin_on_card
+from ..job.saved import first_line, origin_on_card
 from . import models
 
 
@@ -120,7 +120,7 @@ def _saved_model(
         model = model_class.from_pretrained(folder, dtype=torch.float32)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"The weights in --model {folder} could not be loaded ({_first_line(error)})."
+            f"The weights in --model {folder} could not be loaded ({first_line(error)})."
         ) from error
     model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
     saved = [str(label) for label in (model.config.id2label or {}).values()]
@@ -159,7 +159,7 @@ def _timm_model(
             raise _misfit(name, image_size, model_args, error) from error
         raise ValueError(
             f"The pretrained weights of {name!r} could not be loaded "
-            f"({_first_line(error)}). Pass --from_scratch, or --model a local folder."
+            f"({first_line(error)}). Pass --from_scratch, or --model a local folder."
         ) from error
     except _MISFITS as error:
         raise _misfit(name, image_size, model_args, error) from error
@@ -223,9 +223,5 @@ def _misfit(name: str, image_size: int, model_args: dict[str, Any], error: Excep
         args, change = f" with --model_args {json.dumps(model_args)}", "change --model_args, "
     return ValueError(
         f"{name!r}{args} does not work on images of {image_size}x{image_size} pixels "
-        f"({_first_line(error)}): {change}raise --image_size or take another --model."
+        f"({first_line(error)}): {change}raise --image_size or take another --model."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

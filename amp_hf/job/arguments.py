@@ -70,7 +70,7 @@ class JobArguments:
     )
 
     def __post_init__(self) -> None:
-        self._check_at_least_one("max_train_samples", "max_eval_samples")
+        self._check_positive("max_train_samples", "max_eval_samples")
         if self.license is not None and self.license not in LICENSES:
             raise ValueError(
                 f"--license must be one of the Hub's identifiers, such as apache-2.0 or other, got "
@@ -81,7 +81,7 @@ class JobArguments:
                 f"--validation_fraction must be in [0, 1), got {self.validation_fraction}."
             )
 
-    def _check_at_least_one(self, *names: str) -> None:
+    def _check_positive(self, *names: str) -> None:
         for name in names:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")

@@ -22,15 +22,15 @@ from .pushing import HubError
 def main(
     job_class: type[Job],
     parse: Callable[..., tuple],
-    defaults: dict[str, Any],
-    from_scratch_defaults: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    from_scratch_defaults: dict[str, Any] | None = None,
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> dict[str, float]:
     """Parses the arguments, trains, evaluates, saves, and says where.
 
     Args:
-        parse: from the next four to the first three arguments of `job_class`.
+        parse: makes the first three arguments of `job_class` from the next four here.
         defaults: this recipe's, of any argument.
         from_scratch_defaults: further ones, where there are no pretrained weights.
         argv: the arguments, if they do not come from the command line.

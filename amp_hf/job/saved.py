@@ -1,4 +1,4 @@
-"""A folder that a model was saved to."""
+"""A folder that a model was saved to, and errors on loading it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def load_weights(model: nn.Module, folder: str) -> nn.Module:
     """`model` with the weights of the folder. Under ZeRO-3, `from_pretrained` would shard it."""
     safetensors.torch.load_model(model, os.path.join(folder, "model.safetensors"))
     return model
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -38,7 +38,7 @@ class TextArguments(JobArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check_at_least_one("max_length")
+        self._check_positive("max_length")
         if self.lora < 0:
             raise ValueError(f"--lora must be at least 0, got {self.lora}.")
         if self.lora and self.from_scratch:
@@ -62,12 +62,16 @@ _DEFAULTS: dict[str, Any] = dict(
 
 
 def parse(
-    defaults: dict[str, Any],
-    from_scratch_defaults: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    from_scratch_defaults: dict[str, Any] | None = None,
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> tuple[TextArguments, TrainingArguments, AMPConfig]:
     """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for text."""
     return arguments.parse(
-        TextArguments, _DEFAULTS | defaults, from_scratch_defaults, description, argv
+        TextArguments,
+        _DEFAULTS | (defaults or {}),
+        from_scratch_defaults or {},
+        description,
+        argv,
     )

@@ -28,7 +28,7 @@ from ..card import CardDetails
 from ..job import main as job
 from ..job.data import NUMBER, check_labels, find_column
 from ..job.job import Job
-from ..job.saved import load_weights, origin_on_card
+from ..job.saved import first_line, load_weights, origin_on_card
 from ..trainer import AMPTrainer
 from .arguments import parse
 
@@ -75,7 +75,7 @@ class TextJob(Job):
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--model {chosen.model!r} could not be loaded ({_first_line(error)}). Pass the "
+                f"--model {chosen.model!r} could not be loaded ({first_line(error)}). Pass the "
                 "Hub id or the folder of an encoder."
             ) from error
         return self._with_adapters(model, loading) if chosen.lora else model
@@ -166,10 +166,6 @@ def _new_modules(model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
     return sorted(
         {name.rpartition(".")[0] if name.startswith(body) else name.split(".")[0] for name in names}
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 main = partial(job.main, TextJob, parse)

@@ -3,7 +3,7 @@
     python recipes/measurements/erm_comparison.py
     python recipes/measurements/erm_comparison.py --tables results --data path/to/copies
 
-Runs all that erm_comparison.json does not hold yet, which takes hours, and tests the model of the
+Runs all that erm_comparison.json does not hold yet, which takes days, and tests the model of the
 last epoch. `--data` is a folder of local copies, in its folders cifar10, gtsrb, debian_sections and
 all-MiniLM-L6-v2. Several processes may write to the same file, each with its own `--seeds`,
 `--tables`, `--settings` or `--rows`. The tables:

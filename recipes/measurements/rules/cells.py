@@ -138,6 +138,3 @@ def split_data(cell: Cell, split: str, seed: int, arrays: dict) -> tuple[torch.T
         pooled = F.avg_pool2d(tensors[i].float(), 32 // cell.size)
         tensors[i] = pooled.round().to(torch.uint8)
     return tuple(tensors)
-
-
-# --- the rule -------------------------------------------------------------------------------------

@@ -60,9 +60,6 @@ class Rule:
 ERM = Rule(control="epsilon", value=0.0)
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-
 class Radius:
     """The state of a rule, and the step's target and radius."""
 
@@ -139,6 +136,3 @@ def norm_of(tensors) -> float:
 
 def dot(a, b) -> float:
     return float(sum((x * y).sum() for x, y in zip(a, b)))
-
-
-# --- training -------------------------------------------------------------------------------------

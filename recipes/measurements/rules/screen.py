@@ -4,10 +4,10 @@
     python recipes/measurements/rules/screen.py --table held     # prints what there is
 
 A line of plan.txt is `split | seeds | cells | rule`: split is `held` (a fifth of the training
-set) or `test` (the official test set), cells are names below, `*` for all twelve or `small *` for
-their stand-ins, and a rule is `erm` or `key=value` pairs, the fields of `Rule`. Runs are made in
-the plan's order and added to runs.jsonl, a line each; what is there is not run again. Several
-processes may share the plan and the file. README.md says what was found.
+set) or `test` (the official test set), cells are names in cells.py, `*` for all twelve or
+`small *` for their stand-ins, and a rule is `erm` or `key=value` pairs, the fields of `Rule`. Runs
+are made in the plan's order and added to runs.jsonl, a line each; what is there is not run again.
+Several processes may share the plan and the file. README.md says what was found.
 """
 
 import argparse

@@ -191,6 +191,3 @@ def summary(trace: list[list[float]]) -> dict:
         if any(values):
             result[name] = values
     return result
-
-
-# --- the plan -------------------------------------------------------------------------------------
