@@ -57,7 +57,6 @@ ON_A_GPU = ["gtsrb recipe", "cifar10 recipe"]
 LINES = [
     *ON_A_GPU,
     "cifar10 test_resnet full",
-    "gtsrb test_resnet full",
     "cifar10 test_resnet",
     "gtsrb test_resnet",
     "gtsrb resnet18",
