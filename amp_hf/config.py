@@ -163,6 +163,11 @@ class AMPConfig:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> AMPConfig:
+        """The config that `to_json_file` wrote.
+
+        Raises:
+            ValueError: the file holds no JSON object, an unknown field or a bad value.
+        """
         with open(path, encoding="utf-8") as file:
             try:
                 saved = json.load(file)

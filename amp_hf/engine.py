@@ -50,7 +50,7 @@ class Engine:
         return getattr(model, "static_graph", False)
 
     def reshard(self, model: nn.Module) -> None:
-        """Then the model's parameters are what this rank keeps, not what a pass has gathered."""
+        """Frees what a pass has gathered: the parameters are this rank's shards again."""
 
     def shard(self, param: Tensor) -> Tensor:
         """The part of `param` that this rank keeps: a view, through which it can be changed."""
@@ -111,7 +111,7 @@ class Engine:
         """Inside, the parameters can be saved, whatever was interrupted.
 
         Raises:
-            RuntimeError: not here, in the middle of a step.
+            RuntimeError: where they are sharded, in the middle of a step.
         """
         return perturbation.at_theta()
 

@@ -142,7 +142,7 @@ for folder in folders:
 
 
 @pytest.mark.slow
-def test_saved_models_predict_the_same_in_a_process_without_amp_hf(tmp_path):
+def test_saved_models_predict_the_same_without_amp_hf_by_the_code_beside_them(tmp_path):
     image = rows(0, 1)[0]["img"]
     image.save(tmp_path / "digit.png")
     expected = {}

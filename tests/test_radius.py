@@ -298,6 +298,9 @@ def test_the_state_of_a_fixed_radius_holds_no_losses_and_that_of_the_stock_train
     assert "amp_hf" not in stock.state.stateful_callbacks
 
 
+FIRST = 3  # the first perturbed step, after a fifth of 14 or 15
+
+
 def spoiled_norms(tmp_path, value, when=lambda trainer: True, **options):
     """‖Δ‖₂ of the perturbed steps, of which the one after ten others has losses times `value`."""
 
@@ -320,8 +323,8 @@ def spoiled_norms(tmp_path, value, when=lambda trainer: True, **options):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_batches_whose_loss_is_not_finite_leave_the_radius_alone(tmp_path, value):
     norms = spoiled_norms(tmp_path, value, max_steps=14)
-    assert norms[10 - 3] == 0.0
-    assert norms[11 - 3] > 0 and norms[-1] == pytest.approx(norms[3], rel=0.5)
+    assert norms[10 - FIRST] == 0.0
+    assert norms[11 - FIRST] > 0 and norms[-1] == pytest.approx(norms[3], rel=0.5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -333,9 +336,11 @@ def test_a_bad_micro_batch_beside_a_good_one_leaves_the_radius_alone(tmp_path, v
         max_steps=15,
         gradient_accumulation_steps=2,
     )
-    assert norms[10 - 3] == pytest.approx(norms[9 - 3] / 2, rel=0.5)  # of the good one alone
-    assert norms[12 - 3] == pytest.approx(norms[11 - 3], rel=1e-5)
-    assert norms[13 - 3] != pytest.approx(norms[12 - 3], rel=1e-3)
+    assert norms[10 - FIRST] == pytest.approx(
+        norms[9 - FIRST] / 2, rel=0.5
+    )  # of the good one alone
+    assert norms[12 - FIRST] == pytest.approx(norms[11 - FIRST], rel=1e-5)
+    assert norms[13 - FIRST] != pytest.approx(norms[12 - FIRST], rel=1e-3)
 
 
 def test_the_micro_batches_that_a_stream_ends_with_count_for_no_step(tmp_path):

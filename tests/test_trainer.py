@@ -296,7 +296,7 @@ def test_a_last_batch_of_few_samples_still_has_two_for_batch_norm(tmp_path):
         (lambda size: {"class_weight": torch.ones(10)}, None),
     ],
 )
-def test_a_part_of_a_batch_is_a_part_of_all_that_it_holds(tmp_path, added, sizes):
+def test_the_ascents_of_a_trainer_see_a_part_of_all_that_a_batch_holds(tmp_path, added, sizes):
     seen = []
 
     class Greedy(MLP):

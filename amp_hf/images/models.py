@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Networks for small images, registered with timm: the AMP paper's, and small-image ResNets.
+"""Networks for small images, registered with timm: the AMP paper's, ResNets, and our own two.
 
     import amp_hf.images.models, timm
 

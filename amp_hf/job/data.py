@@ -219,7 +219,8 @@ def _some(rows: datasets.Dataset, count: int | None, seed: int) -> datasets.Data
 
 
 def check_labels(rows: datasets.Dataset, label_column: str, numbers: Iterable[int]) -> None:
-    """
+    """Checks that each row has one of the label column's classes.
+
     Args:
         numbers: each row's number in the original split.
 
