@@ -51,7 +51,7 @@ class Feedback:
         """Sets the target of the step that begins; see `Radius.target` for the arguments."""
         while len(self._past) > 1:
             target, loss, perturbed_loss, linear_rise = self._past.popleft().read()
-            self.radius.observe(loss)
+            self.radius.observe(loss, progress)
             # Where the batch was bad or Δ not finite, and so zero, nothing is learnt about Δ.
             if math.isfinite(loss) and linear_rise > 0:
                 self.radius.steer(target, loss, perturbed_loss - loss, linear_rise)

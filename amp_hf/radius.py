@@ -35,6 +35,7 @@ _GAIN = 0.2  # exponent of the correction in a step
 # The factors of its target between which a rise counts in full. Too long a Δ does harm at once.
 _LOWEST, _HIGHEST = 1 / 4, 16.0
 _CAUTION = 10.0  # how much less is aimed at where the loss bends
+_OUTLIER = 1.25  # times the first loss: an average above it shows that the first was low by chance
 _SHARE = 1 / 10  # of the first loss, which the target never exceeds: it may not be in nats
 
 
@@ -44,7 +45,8 @@ class Radius:
 
     Attributes:
         epsilon: the radius of the next Δ, in parameter units.
-        first_loss: the loss that the training began with.
+        first_loss: the loss that the training began with: that of the first step, unless the batch
+            was so small that the next ones show it to be an outlier.
         loss: the moving average of the loss at θ.
         bend: the moving average of how much log loss rises along Δ beyond the first order, as a
             share of the first order. It has no unit.
@@ -88,13 +90,19 @@ class Radius:
         if math.isfinite(linear / slope):
             self.epsilon = linear / slope
 
-    def observe(self, loss: float) -> None:
-        """A step's loss at θ; one that is not finite says nothing."""
+    def observe(self, loss: float, progress: float) -> None:
+        """A step's loss at θ; one that is not finite says nothing.
+
+        Args:
+            progress: as `target` takes it.
+        """
         if not math.isfinite(loss):
             return
         if self.first_loss is None or self.loss is None:
             self.first_loss = self.loss = loss
         self.loss = _MEMORY * self.loss + (1 - _MEMORY) * loss
+        if progress < START and 0 < _OUTLIER * self.first_loss < self.loss:
+            self.first_loss = self.loss
 
     def steer(self, target: float, loss: float, rise: float, linear: float) -> None:
         """Corrects the radius by what the last Δ did.

@@ -35,8 +35,13 @@ class Run:
     reusable: Perturbation | None = None  # its Δ, where steps to come may be displaced by it
 
     @classmethod
-    def of(cls, state: TrainerState, accelerator: Accelerator) -> Run:
-        """That of a training that begins, or that goes on from a checkpoint."""
+    def of(cls, state: TrainerState, accelerator: Accelerator, before: Feedback | None) -> Run:
+        """That of a training that begins, or that goes on from a checkpoint.
+
+        Args:
+            before: of the same training, where the Trainer begins it anew with a smaller batch. The
+                weights stay trained, so that only `before` knows what the loss began with.
+        """
         feedback = Feedback(accelerator, kept(state).get("feedback"))
         return cls(state, Progress.of(state), feedback)
 

@@ -78,7 +78,8 @@ class PerturbedStep:
         """
         state, config = self.trainer.state, self._config
         if self.run.state is not state:  # a new run, or a smaller batch size is tried
-            self.run, self.means = Run.of(state, self.trainer.accelerator), LogMeans()
+            self.run = Run.of(state, self.trainer.accelerator, self.run.feedback)
+            self.means = LogMeans()
         run, step = self.run, state.global_step
         if config.epsilon != 0 and not run.checked:
             self._check(inputs)

@@ -30,10 +30,10 @@ from amp_hf.radius import Radius
 ITSELF = AMPConfig()
 
 
-def after(*losses, epsilon=None):
+def after(*losses, epsilon=None, progress=0.5):
     radius = Radius(epsilon)
     for loss in losses:
-        radius.observe(loss)
+        radius.observe(loss, progress)
     return radius
 
 
@@ -91,6 +91,13 @@ def test_a_loss_that_falls_below_zero_has_been_learnt():
 
 def test_a_loss_that_rises_is_not_learnt():
     assert after(2.0, *[50.0] * 100).target(0.1, 60, 0.9) == 0.0
+
+
+def test_a_first_batch_that_happens_to_be_easy_is_not_taken_for_the_first_loss():
+    radius = after(0.01, *[7.0] * 100, progress=0.1)
+    assert radius.first_loss == pytest.approx(7.0, rel=0.25)
+    assert after(2.0, *[2.4] * 100, progress=0.1).first_loss == 2.0  # no outlier
+    assert after(2.0, *[7.0] * 100, progress=0.3).first_loss == 2.0  # but a training that diverges
 
 
 def test_nothing_is_known_before_the_first_loss():
@@ -369,6 +376,20 @@ def test_what_streams_without_an_end_is_seen_once(tmp_path):
     own = {"callbacks": [learnt(loss=0.01)]}
     trainer = train(make(), tmp_path, ITSELF, trainer=own, **options)
     assert len(logged(trainer, "amp/delta_norm")) > 5
+
+
+def test_a_training_that_begins_anew_with_a_smaller_batch_remembers_its_first_loss(tmp_path):
+    def run_out_of_memory(module, args, kwargs):
+        if len(kwargs["pixels"]) == 16 and trainer.state.global_step == 150:
+            raise RuntimeError("CUDA out of memory.")
+
+    options = dict(auto_find_batch_size=True, max_steps=200, data=digits()[:64])
+    trainer = trainer_for(make(), tmp_path, ITSELF, **options)
+    trainer.model.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    trainer.train()
+    assert trainer._train_batch_size < 16
+    # The weights have been trained, so that nothing is left to wait for but the first fifth.
+    assert trainer.state.stateful_callbacks["amp_hf"]["progress"]["first"] == 40
 
 
 def test_a_callback_may_fix_the_radius_and_let_it_set_itself_again(tmp_path):
