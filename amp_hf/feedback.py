@@ -45,6 +45,7 @@ class Feedback:
         self.radius = Radius(**state["radius"]) if state else Radius()
         past = state["past"] if state else []  # of the last steps, the oldest first
         self._past = deque(_Measured(target, _exactly(rest)) for target, *rest in past)
+        self._before = len(self._past)  # of them, those measured before the present step
         self.target = 0.0
 
     def next_step(self, rise: float, epochs: int, progress: float) -> None:
@@ -55,6 +56,7 @@ class Feedback:
             # Where the batch was bad or Δ not finite, and so zero, nothing is learnt about Δ.
             if math.isfinite(loss) and linear_rise > 0:
                 self.radius.steer(target, loss, perturbed_loss - loss, linear_rise)
+        self._before = len(self._past)
         self.target = self.radius.target(rise, epochs, progress)
 
     def add(self, measured: Tensor) -> None:
@@ -71,6 +73,11 @@ class Feedback:
         """For a checkpoint after the present step, as JSON has it."""
         past = [measured.read() for measured in self._past]
         return {"radius": dict(vars(self.radius)), "past": past}
+
+    def state_before(self) -> dict[str, Any]:
+        """For a checkpoint in the middle of the present step, which will be taken again."""
+        state = self.state()
+        return state | {"past": state["past"][: self._before]}
 
 
 def _exactly(numbers: list[float]) -> Tensor:

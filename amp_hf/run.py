@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     feedback: Feedback | None = None  # to the rule that sets epsilon
     current_step: int | None = None  # plain or perturbed
+    progress_before: dict[str, Any] = field(default_factory=dict)  # as it was when that began
     engine: Engine | None = None
     tensors: StepTensors | None = None
     checked: bool = False  # that AMP is right with the trainer, once epsilon is not 0
@@ -43,6 +45,9 @@ class Run:
                 weights stay trained, so that only `before` knows what the loss began with.
         """
         feedback = Feedback(accelerator, kept(state).get("feedback"))
+        if before is not None and feedback.radius.first_loss is None:
+            feedback.radius.first_loss = before.radius.first_loss
+            feedback.radius.loss = before.radius.loss
         return cls(state, Progress.of(state), feedback)
 
     @property

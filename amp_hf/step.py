@@ -64,11 +64,15 @@ class PerturbedStep:
 
     def before_checkpoint(self) -> None:
         """All that a resumed run needs goes into the Trainer's state."""
+        run, state = self.run, self.run.state
+        if state is None or state is not self.trainer.state or not run.checked:
+            return
+        if run.current_step == state.global_step:  # not taken yet: a resumed run repeats it
+            keep(state, progress=run.progress_before, feedback=self._feedback.state_before())
+            return
         # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
-        self.run.reusable = None
-        state = self.run.state
-        if state is not None and state is self.trainer.state and self.run.checked:
-            keep(state, progress=vars(self.run.progress), feedback=self._feedback.state())
+        run.reusable = None
+        keep(state, progress=vars(run.progress), feedback=self._feedback.state())
 
     def __call__(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
         """One micro-batch: accumulates its gradient at θ + Δ; the parameters end as θ.
@@ -86,6 +90,7 @@ class PerturbedStep:
             run.checked = True
         if step != run.current_step:
             run.current_step = step
+            run.progress_before = dict(vars(run.progress))
             if config.epsilon is None:
                 self._feedback.next_step(config.rise, run.epochs, step / state.max_steps)
         is_plain = config.epsilon is None and self._feedback.target == 0

@@ -148,6 +148,10 @@ class AMPTrainerMixin(_Parent):
         self._amp_step.before_checkpoint()
         super()._save_checkpoint(*args, **kwargs)
 
+    def _tune_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._amp_step.before_checkpoint()
+        super()._tune_save_checkpoint(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md into the output folder: the parent's card, completed by `card.write`.
 
