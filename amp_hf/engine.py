@@ -125,6 +125,8 @@ class Engine:
 
     def _moved(self, model: nn.Module) -> None:
         """After the shards were changed."""
+        # Where a subclass computes around the whole step in autocast, its cache holds casts of θ.
+        torch.clear_autocast_cache()
 
 
 class _Sharded(Engine):
@@ -204,6 +206,7 @@ class _FSDP2(_Sharded):
                 module.reshard()
 
     def _moved(self, model: nn.Module) -> None:
+        super()._moved(model)
         self.reshard(model)
 
     def _whole_gradient(self, param: Tensor, shard: Tensor) -> Tensor:
@@ -292,6 +295,7 @@ class _DeepSpeed3(_Sharded, _DeepSpeed):
     def _moved(self, model: Any) -> None:
         from deepspeed.accelerator import get_accelerator
 
+        super()._moved(model)
         model.optimizer.empty_partition_cache()
         model.optimizer.invalidate_secondary_tensor()  # ZeRO++ gathers from a second copy
         # DeepSpeed gathers on a stream that does not wait for this one; it does the same in `step`.

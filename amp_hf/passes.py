@@ -67,12 +67,16 @@ class ParentPasses:
     """The parent's `training_step`, and its `get_batch_samples`, which counts as its losses do.
 
     Args:
-        parent: `super()` of the trainer's mixin.
+        mixin: the trainer's class whose parent is meant.
     """
 
-    def __init__(self, trainer: Any, parent: Any) -> None:
+    def __init__(self, trainer: Any, mixin: type) -> None:
         self._trainer = trainer
-        self._parent = parent
+        self._mixin = mixin
+
+    @property
+    def _parent(self) -> Any:
+        return super(self._mixin, self._trainer)  # kept, it could not be copied or pickled
 
     def __call__(self, model: nn.Module, batch: Any, num_items: Count) -> Tensor:
         """Forward and backward. Returns the loss."""

@@ -76,6 +76,10 @@ def shrinkage(
     return (scale.unbind() if ball == "tensor" else scale), norm, dual
 
 
+def _nothing_more() -> None:
+    pass  # no lambda, so that a trainer can be pickled
+
+
 class Perturbation:
     """The parameters at θ + Δ, and the way back to θ.
 
@@ -102,7 +106,7 @@ class Perturbation:
         epsilon: float,
         ball: Ball,
         norms: Norms = local_norms,
-        moved: Callable[[], None] = lambda: None,
+        moved: Callable[[], None] = _nothing_more,
     ) -> None:
         self.params = params
         self._groups = groups_of(params)

@@ -24,7 +24,7 @@ from .checks import check_engine, check_parent
 from .config import AMPConfig
 from .engine import Engine, engine_for
 from .feedback import Feedback
-from .parameters import StepTensors, check_no_hooks
+from .parameters import StepTensors, check_no_hooks, check_perturbable
 from .passes import Count, LossKind, ParentPasses
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
 from .progress import keep
@@ -92,7 +92,7 @@ class PerturbedStep:
             run.current_step = step
             run.progress_before = dict(vars(run.progress))
             if config.epsilon is None:
-                self._feedback.next_step(config.rise, run.epochs, step / state.max_steps)
+                self._feedback.next_step(config.rise, run.epochs, step / max(1, state.max_steps))
         is_plain = config.epsilon is None and self._feedback.target == 0
         if is_plain or not config.perturbs_at(step, state.max_steps):
             return self._without_delta(model, inputs, num_items)
@@ -147,6 +147,7 @@ class PerturbedStep:
         trainer, config = self.trainer, self._config
         check_parent(type(trainer))
         check_engine(config, trainer.accelerator, trainer.args, trainer.model)
+        check_perturbable(trainer.model, config.perturb)
         if not trainer.is_deepspeed_enabled:  # which has hooks of its own by now
             check_no_hooks(trainer.model)
         accumulates = getattr(trainer, "current_gradient_accumulation_steps", 1) > 1
@@ -234,7 +235,8 @@ class PerturbedStep:
         self._prepare(model, inputs, num_items)
         config, parent, engine, window = self._config, self.parent, self._engine, self.window
         size = max(1, len(window.batches))
-        batches = window.batches if engine.scope == "batch" and window.batches else [inputs]
+        # A subclass may have changed `inputs`, which is all of the window where it is one batch.
+        batches = window.batches if engine.scope == "batch" and size > 1 else [inputs]
         if self._asks_for_loss_kind():
             self._find_loss_kind(model, inputs, num_items)
         scale = parent.loss_scale(engine.scope, size, batches, num_items, self._loss_kind)

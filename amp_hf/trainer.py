@@ -75,7 +75,7 @@ class AMPTrainerMixin(_Parent):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
         self.card_details = CardDetails()
-        self._amp_step = PerturbedStep(self, ParentPasses(self, super()))
+        self._amp_step = PerturbedStep(self, ParentPasses(self, AMPTrainerMixin))
         super().__init__(*args, **kwargs)
         self.callback_handler.callbacks.insert(0, ShowConfig(self))
         if self.amp_config.epsilon != 0:

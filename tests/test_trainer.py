@@ -1,5 +1,6 @@
 """The Trainer's features under AMP."""
 
+import copy
 import math
 
 import pytest
@@ -383,3 +384,66 @@ def test_evaluations_do_not_move_theta_of_a_schedule_free_optimizer(tmp_path, sc
         return weights(trainer.model)
 
     torch.testing.assert_close(run(["on_step_end", "on_substep_end"]), run([]))
+
+
+class Changing(AMPTrainer):
+    """Trains on what it makes of a batch."""
+
+    def training_step(self, model, inputs, *args):
+        changed = inputs | {"pixels": inputs["pixels"] + torch.rand_like(inputs["pixels"])}
+        return super().training_step(model, changed, *args)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_ascent_sees_the_batch_that_a_subclass_makes(tmp_path, scope):
+    seen = []
+    trainer = trainer_for(make(), tmp_path, always(scope=scope), cls=Changing, max_steps=2)
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixels"].clone()), with_kwargs=True
+    )
+    trainer.train()
+    assert len(seen) == 4
+    for ascent, outer in (seen[:2], seen[2:]):
+        assert torch.equal(ascent, outer)
+
+
+class InAutocast(AMPTrainer):
+    def training_step(self, *args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().training_step(*args)
+
+
+def test_autocast_around_the_whole_step_does_not_hide_the_perturbation(tmp_path):
+    around = train(make(), tmp_path, always(), cls=InAutocast)
+    inside = train(make(), tmp_path, always(), bf16=True)
+    assert logged(around, "amp/sharpness") == pytest.approx(
+        logged(inside, "amp/sharpness"), rel=0.02
+    )
+    assert min(logged(around, "amp/sharpness")) > 0
+
+
+@pytest.mark.parametrize("config", [always(), AMPConfig(epsilon=0)])
+def test_a_trainer_can_be_copied(tmp_path, config):
+    trainer = trainer_for(make(), tmp_path, config)
+    twin = copy.deepcopy(trainer)
+    trainer.train()
+    assert twin.state.global_step == 0
+    twin.train()
+    assert outcome(twin) == outcome(trainer)
+
+
+def test_a_model_that_has_been_made_bf16_since_is_refused_at_the_first_step(tmp_path):
+    trainer = trainer_for(make(), tmp_path, AMPConfig(0.1, ascent_start=0.5))
+    trainer.model.bfloat16()  # as an evaluation with bf16_full_eval does
+    with pytest.raises(ValueError, match="in which a perturbation would round away"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_subclass_that_leaves_the_step_out_is_told_so(tmp_path, caplog):
+    class Own(AMPTrainer):
+        def training_step(self, model, inputs, *args):
+            return Trainer.training_step(self, model, inputs, *args)
+
+    train(make(), tmp_path, always(), cls=Own)
+    assert "overrides training_step and does not call super().training_step" in caplog.text
