@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .blocks import JointTensors
 from .compat import foreach_clone
-from .preserve import all_buffers, preserved_buffers, preserved_rng
+from .preserve import all_buffers, preserved_buffers, preserved_rng, temporarily
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -125,7 +125,12 @@ class LossFunction:
         )
 
         def loss(model: nn.Module, batch: Batch) -> Any:
-            return trainer.compute_loss(model, dict(batch))  # which may take the labels out
+            inputs = dict(batch)  # a copy, because computing the loss may take the labels out
+            if trainer.compute_loss_func is None:
+                return trainer.compute_loss(model, inputs)
+            with temporarily(trainer.args, "average_tokens_across_devices", False):
+                count = trainer._get_num_items_in_batch([batch], trainer.args.device)
+                return trainer.compute_loss(model, inputs, num_items_in_batch=count)
 
         model = model or trainer.model
         assert model is not None

@@ -115,7 +115,7 @@ def _arguments(trainer: Trainer) -> dict[str, Any]:
 
 
 def _seconds(trainer: Trainer) -> float | None:
-    times = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
+    times = [log["train_runtime"] for log in trainer.state.log_history if _ends_training(log)]
     return times[-1] if times and not getattr(trainer, "resumed", False) else None
 
 
@@ -127,7 +127,7 @@ def delta_norms(state: TrainerState) -> list[float]:
 def best_step(trainer: Trainer) -> int | None:
     """The optimizer step whose model `load_best_model_at_end` loaded; `None` if it loaded none."""
     state = trainer.state
-    ended = any("train_runtime" in log for log in state.log_history)
+    ended = any(map(_ends_training, state.log_history))
     loads = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     return state.best_global_step if ended and loads else None
 
@@ -138,20 +138,25 @@ def results_of(trainer: Trainer) -> Results:
     best = best_step(trainer)
     ended = False
     for entry in trainer.state.log_history:
-        ended = ended or "train_runtime" in entry
-        if best is not None and not ended and entry.get("step") != best:
+        ended = ended or _ends_training(entry)
+        is_of_another = best is not None and not ended and entry.get("step") != best
+        if is_of_another or _ends_training(entry):
             continue
         for split in (key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")):
-            if split != "train":
-                speed = {f"{split}_{name}" for name in _SPEED}
-                results[split] = {
-                    key.removeprefix(f"{split}_"): value
-                    for key, value in entry.items()
-                    if key.startswith(f"{split}_")
-                    and key not in speed
-                    and isinstance(value, int | float)
-                }
+            speed = {f"{split}_{name}" for name in _SPEED}
+            results[split] = {
+                key.removeprefix(f"{split}_"): value
+                for key, value in entry.items()
+                if key.startswith(f"{split}_")
+                and key not in speed
+                and isinstance(value, int | float)
+            }
     return results
+
+
+def _ends_training(log: dict[str, Any]) -> bool:
+    """An evaluation of the training set may have a `train_runtime` as well."""
+    return "total_flos" in log
 
 
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -167,6 +172,11 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
             f"Training ended at step {state.global_step} of {state.max_steps}, before the first "
             f"perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it may end "
             "early, use a smaller one."
+        )
+    elif config.epsilon is not None:
+        logger.warning(
+            "No step was perturbed: a subclass overrides training_step and does not call "
+            "super().training_step."
         )
     else:
         logger.warning(

@@ -183,6 +183,18 @@ def test_of_the_best_model_the_results_are_its_own(tmp_path):
     assert result.metric_value == trainer.state.log_history[-1]["eval_loss"]
 
 
+def test_an_evaluation_of_the_training_set_does_not_end_the_training(tmp_path):
+    trainer = stopping(tmp_path, 0)
+    trainer.evaluate(digits()[:50], metric_key_prefix="train")
+    log = trainer.state.log_history
+    log.insert(0, log.pop())  # as a callback would have logged it in an early epoch
+    card = card_of(trainer)
+    (result,) = (r for r in card.data.eval_results if r.metric_type == "loss")
+    assert result.metric_value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    (seconds,) = (entry["train_runtime"] for entry in log if "total_flos" in entry)
+    assert f"Training took {seconds:.1f} s" in card.text
+
+
 def test_a_training_that_stops_before_the_first_ascent_says_so(tmp_path, caplog):
     trainer = stopping(tmp_path, 34)
     card = card_of(trainer)

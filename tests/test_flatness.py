@@ -6,6 +6,7 @@ import flatness_worker
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from processes import on_ranks
 from support import (
     THETA,
@@ -379,3 +380,17 @@ def test_the_cost_is_said_before_it_arises(capsys):
     surface = LossSurface(make(ConvNet), digit_batches(16, 16), loss)
     measure(surface, steps=2, directions=2, max_iterations=3, probes=3)
     assert passes == 1 + 3 + 3 + 3 + 3  # each measure begins at θ
+
+
+def test_a_loss_function_that_counts_items_is_given_the_count(tmp_path):
+    def counting(outputs, labels, num_items_in_batch):
+        logits = outputs["logits"]
+        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+    data = digits()[:48]
+    own = {"compute_loss_func": counting, "eval_dataset": data}
+    counted = trainer_for(make(), tmp_path, trainer=own, per_device_eval_batch_size=20)
+    mean = trainer_for(make(), tmp_path, per_device_eval_batch_size=20)
+    found = LossSurface.of(counted, data).loss()
+    assert found == pytest.approx(LossSurface.of(mean, data).loss(), rel=1e-6)
+    assert found == pytest.approx(counted.evaluate()["eval_loss"], rel=1e-6)
