@@ -34,9 +34,10 @@ class SearchArguments:
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise ValueError(f"--trials must be at least 1, got {self.trials}.")
-        if not 0 < self.lowest < self.highest:
+        if not 0 < self.lowest < self.highest < math.inf:
             raise ValueError(
-                f"--lowest must be above 0 and below --highest, got {self.lowest}, {self.highest}."
+                "--lowest must be above 0 and below --highest, which is finite, got "
+                f"{self.lowest}, {self.highest}."
             )
 
 
@@ -58,6 +59,10 @@ def main() -> None:
             raise ValueError(
                 "--validation_fraction must be above 0: the search compares on held-out images."
             )
+        if amp_config.epsilon is not None:
+            raise ValueError("--epsilon is what is searched for: leave it out.")
+        if args.eval_strategy != "no":
+            raise ValueError("--eval_strategy must be no: the search evaluates by itself.")
         trainer = ImageJob(images, args, amp_config).trainer
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"search_epsilon.py: error: {error}")

@@ -211,6 +211,16 @@ def test_a_yaml_file_sets_arguments_and_the_command_line_overrides_them(tmp_path
     assert (args.learning_rate, args.seed, args.weight_decay) == (1e-3, 7, 0.1)
 
 
+def test_yaml_has_its_own_no_empty_lists_and_numbers_below_zero(tmp_path):
+    config = tmp_path / "run.yaml"
+    lines = ["eval_strategy: no", "logging_strategy: no", "report_to: []"]
+    lines += ["eval_splits: [a, b]", "eval_delay: -1.5"]
+    config.write_text("\n".join(lines))
+    images, args, _ = parse(argv=[str(config), "--output_dir", str(tmp_path)])
+    assert (args.eval_strategy, args.logging_strategy, args.report_to) == ("no", "no", [])
+    assert (images.eval_splits, args.eval_delay) == (["a", "b"], -1.5)
+
+
 @pytest.mark.parametrize("text", ["- a", "a: [1", "no_such_argument: 1"])
 def test_a_yaml_file_that_is_wrong_ends_with_one_line(tmp_path, capsys, text):
     (tmp_path / "run.yaml").write_text(text)
@@ -597,7 +607,10 @@ def test_a_process_of_the_digits_recipe_ends_with_code_1_and_one_line():
     ("recipe", "words", "said"),
     [
         (search_epsilon, ["--trials=0"], "--trials must be at least 1, got 0."),
-        (search_epsilon, ["--lowest=2"], "above 0 and below --highest, got 2.0, 1.0"),
+        (search_epsilon, ["--lowest=2"], "below --highest, which is finite, got 2.0, 1.0"),
+        (search_epsilon, ["--highest=inf"], "below --highest, which is finite, got 0.02, inf"),
+        (search_epsilon, ["--epsilon=0.3"], "--epsilon is what is searched for: leave it out."),
+        (search_epsilon, ["--eval_strategy=epoch"], "--eval_strategy must be no: "),
         (search_epsilon, ["--validation_fraction=0"], "--validation_fraction must be above 0: "),
         (search_epsilon, ["--model=resnet8", "--dataset", "{data}"], "did you mean resnet18"),
         (train_digits, ["--epochs=1", "--perturb=nope"], "matches no trainable parameter"),

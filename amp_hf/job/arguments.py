@@ -168,8 +168,14 @@ def _read_yaml(path: str) -> list[str]:
         raise ValueError(f"{path} must be YAML, one `argument: value` a line: {reason}") from error
     arguments: list[str] = []
     for name, value in config.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words = [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
-            arguments += [f"--{name}", *words]
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(_word, value)] if value else []
+        elif value is False and name.endswith("_strategy"):
+            arguments += [f"--{name}=no"]  # which YAML reads as false
+        elif value is not None:
+            arguments += [f"--{name}={_word(value)}"]  # in one, as it may begin with a dash
     return arguments
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
