@@ -36,8 +36,8 @@ class AMPConfig:
     epsilon: float | None = field(
         default=None,
         metadata={
-            "help": "Radius of the ball, >= 0, in parameter units; 0 is the stock Trainer. By "
-            "default it sets itself, so that the loss rises by about `rise`."
+            "help": "Radius of the ball, >= 0, in parameter units (elementwise: in none); 0 is the "
+            "stock Trainer. By default it sets itself, so that the loss rises by about `rise`."
         },
     )
     rise: float = field(

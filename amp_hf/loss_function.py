@@ -128,7 +128,11 @@ class LossFunction:
             inputs = dict(batch)  # a copy, because computing the loss may take the labels out
             if trainer.compute_loss_func is None:
                 return trainer.compute_loss(model, inputs)
-            with temporarily(trainer.args, "average_tokens_across_devices", False):
+            # Each process has its own batches here, and no more than one device.
+            with (
+                temporarily(trainer.args, "average_tokens_across_devices", False),
+                temporarily(trainer.args, "_n_gpu", 1),
+            ):
                 count = trainer._get_num_items_in_batch([batch], trainer.args.device)
                 return trainer.compute_loss(model, inputs, num_items_in_batch=count)
 

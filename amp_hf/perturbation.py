@@ -50,16 +50,16 @@ def shrinkage(
 
     Args:
         delta: Δ, one tensor for each parameter, of the parameter's shape.
-        epsilon: radius ε in parameter units.
+        epsilon: radius ε in parameter units, or in units of T.
         ball: `"global"` (the paper), `"tensor"` (the authors' released code) or `"elementwise"`,
             which is a global one for a `delta` in units of T.
         rate: a float or a 0-dimensional tensor, > 0.
         norms_of: the norms of whole tensors, where `delta` holds shards of them.
 
     Returns:
-        The factor, or one for each tensor unless the ball is global; ‖Δ‖₂ after the projection
-        over all tensors together; and the norm of rate · Δ that is dual to the ball's: ε times it
-        is its inner product with the longest Δ in its direction. All are 0-dimensional.
+        The factor, or one for each tensor if the ball is `"tensor"`; the norm of `delta` after the
+        projection, over all tensors together; and the norm of rate · Δ that is dual to the ball's:
+        ε times it is its inner product with the longest Δ in its direction. All are 0-dimensional.
     """
     norms = rate * norms_of(delta.tensors)
     if ball != "tensor":
@@ -127,10 +127,9 @@ class Perturbation:
     @torch.no_grad()
     def slope_of(self, gradient: JointTensors) -> Tensor:
         """How far the longest Δ in a ball of radius 1 raises the loss, were it linear."""
-        if self.ball == "elementwise":
-            gradient = JointTensors.copy_of(gradient)
-            self._multiply_by_units(gradient)
+        self._change_units(gradient, torch._foreach_mul_)
         norms = self._norms(gradient.tensors)
+        self._change_units(gradient, torch._foreach_div_)  # but for rounding, what it was
         return norms.sum() if self.ball == "tensor" else torch.linalg.vector_norm(norms)
 
     @torch.no_grad()
@@ -148,14 +147,14 @@ class Perturbation:
             rate = rate.to(self.params[0].device)
         is_first = not self._originals
         if is_first:
-            self._multiply_by_units(gradient)
+            self._change_units(gradient, torch._foreach_mul_)
         else:
             self._add_delta(gradient, rate)
             rate = 1.0
         factor, norm, slope = shrinkage(gradient, self.epsilon, self.ball, rate, self._norms)
         if is_first:
             self.slope = slope
-        self._multiply_by_units(gradient)  # from Δ/T to Δ
+        self._change_units(gradient, torch._foreach_mul_)  # from Δ/T to Δ
         for group in self._groups:
             delta = group.of(gradient)
             torch._foreach_mul_(
@@ -181,11 +180,13 @@ class Perturbation:
                 torch._foreach_add_(ascent, torch._foreach_sub(params, originals))
         self.restore()
 
-    def _multiply_by_units(self, tensors: JointTensors) -> None:
-        """tensors ← T · tensors, if the ball has units; T is that of the parameters' present θ."""
+    def _change_units(
+        self, tensors: JointTensors, change: Callable[[list[Tensor], list[Tensor]], object]
+    ) -> None:
+        """`change(tensors, T)`, if the ball has units; T is that of the parameters' present θ."""
         if self.ball == "elementwise":
             for group in self._groups:
-                torch._foreach_mul_(group.of(tensors), _units(group.of(self.params)))
+                change(group.of(tensors), _units(group.of(self.params)))
 
     @torch.no_grad()
     def suspend(self, theta_moves: bool = False) -> None:

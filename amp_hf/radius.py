@@ -35,7 +35,9 @@ _GAIN = 0.2  # exponent of the correction in a step
 # The factors of its target between which a rise counts in full. Too long a Δ does harm at once.
 _LOWEST, _HIGHEST = 1 / 4, 16.0
 _CAUTION = 10.0  # how much less is aimed at where the loss bends
-_OUTLIER = 1.25  # times the first loss: an average above it shows that the first was low by chance
+_OUTLIER = (
+    1.25  # times the first loss: above it, the average takes its place, early in the training
+)
 _SHARE = 1 / 10  # of the first loss, which the target never exceeds: it may not be in nats
 
 
@@ -45,8 +47,8 @@ class Radius:
 
     Attributes:
         epsilon: the radius of the next Δ, in parameter units.
-        first_loss: the loss that the training began with: that of the first step, unless the batch
-            was so small that the next ones show it to be an outlier.
+        first_loss: the loss that the training began with: that of the first step, unless the
+            average rises well above it early, as where a batch of few samples made it an outlier.
         loss: the moving average of the loss at θ.
         bend: the moving average of how much log loss rises along Δ beyond the first order, as a
             share of the first order. It has no unit.

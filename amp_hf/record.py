@@ -40,7 +40,7 @@ class TrainingRecord:
         perturbed_steps: those that computed a perturbation or reused one.
         best_step: the step whose model was loaded at the end; `None` if it is the last step's.
         is_perturbed: whether any step that led to this model was perturbed, by a Δ other than 0.
-        delta_norm: ‖Δ‖₂, the mean of the logged values; `None` where none was logged.
+        delta_norm: the mean of the logged `amp/delta_norm`; `None` where none was logged.
         seconds: how long the training took; `None` where it was resumed, and so timed only in part.
         results: what was measured last on each split.
         history: the evaluations in the course of the training, in order.
@@ -175,7 +175,8 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
         )
     elif config.epsilon is not None:
         logger.warning(
-            "No step was perturbed: a subclass overrides training_step and does not call "
+            "No step was perturbed: those that AMPConfig chooses were taken before this run was "
+            "resumed, or a subclass overrides training_step and does not call "
             "super().training_step."
         )
     else:

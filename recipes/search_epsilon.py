@@ -36,7 +36,7 @@ class SearchArguments:
             raise ValueError(f"--trials must be at least 1, got {self.trials}.")
         if not 0 < self.lowest < self.highest < math.inf:
             raise ValueError(
-                "--lowest must be above 0 and below --highest, which is finite, got "
+                "--lowest must be above 0 and below --highest, and --highest finite, got "
                 f"{self.lowest}, {self.highest}."
             )
 

@@ -607,8 +607,8 @@ def test_a_process_of_the_digits_recipe_ends_with_code_1_and_one_line():
     ("recipe", "words", "said"),
     [
         (search_epsilon, ["--trials=0"], "--trials must be at least 1, got 0."),
-        (search_epsilon, ["--lowest=2"], "below --highest, which is finite, got 2.0, 1.0"),
-        (search_epsilon, ["--highest=inf"], "below --highest, which is finite, got 0.02, inf"),
+        (search_epsilon, ["--lowest=2"], "below --highest, and --highest finite, got 2.0, 1.0"),
+        (search_epsilon, ["--highest=inf"], "below --highest, and --highest finite, got 0.02, inf"),
         (search_epsilon, ["--epsilon=0.3"], "--epsilon is what is searched for: leave it out."),
         (search_epsilon, ["--eval_strategy=epoch"], "--eval_strategy must be no: "),
         (search_epsilon, ["--validation_fraction=0"], "--validation_fraction must be above 0: "),

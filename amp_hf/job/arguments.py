@@ -170,7 +170,7 @@ def _read_yaml(path: str) -> list[str]:
     for name, value in config.items():
         if isinstance(value, list):
             arguments += [f"--{name}", *map(_word, value)] if value else []
-        elif value is False and name.endswith("_strategy"):
+        elif value is False and str(name).endswith("_strategy"):
             arguments += [f"--{name}=no"]  # which YAML reads as false
         elif value is not None:
             arguments += [f"--{name}={_word(value)}"]  # in one, as it may begin with a dash

@@ -19,8 +19,8 @@ class TimeLeftBar(tqdm):
     """Counts optimizer steps, and estimates the end by the passes that they take.
 
     Args:
-        config: how steps will be perturbed. Those that the rule will leave plain count as if they
-            were not, so the training may end earlier.
+        config: how steps will be perturbed. Those that the rule will leave plain count as
+            perturbed, so the training may end earlier.
         ascents: how many steps have had one so far.
         total: the steps of the whole training.
         initial: those taken before it was resumed.
