@@ -35,9 +35,7 @@ _GAIN = 0.2  # exponent of the correction in a step
 # The factors of its target between which a rise counts in full. Too long a Δ does harm at once.
 _LOWEST, _HIGHEST = 1 / 4, 16.0
 _CAUTION = 10.0  # how much less is aimed at where the loss bends
-_OUTLIER = (
-    1.25  # times the first loss: above it, the average takes its place, early in the training
-)
+_OUTLIER = 1.25  # times the first loss: an average above it takes its place, early on
 _SHARE = 1 / 10  # of the first loss, which the target never exceeds: it may not be in nats
 
 
