@@ -57,3 +57,12 @@ def pytest_collection_finish(session):
     # Every `train()` collects garbage: most of its time, if it looks through all of transformers.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """As it was: TrainingArguments set variables, which later tests' processes would inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
