@@ -277,7 +277,7 @@ def test_the_picture_names_every_row_that_has_runs(tmp_path):
     picture = tmp_path / "cost.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
         found = saved_runs(erm_comparison)
-        cost_plot.draw_costs(found, ["gtsrb test_resnet", "gtsrb test_vit"], names, picture)
+        cost_plot.draw_costs(found, ["gtsrb test_resnet", "digits test_vit"], names, picture)
     written = re.findall(r">([^<>]+)</text>", picture.read_text())
     assert [written.count(name) for name in ("ERM", "AMP()", "AMP, ε 0.4")] == [6, 6, 3]
     # The second setting has no such runs.

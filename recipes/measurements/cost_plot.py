@@ -66,6 +66,10 @@ def _color(name: str) -> str:
     return AMP if name.startswith(("AMP", "budget")) else OTHER
 
 
+def _short(label: str) -> str:
+    return label.replace("average of the weights", "EMA").replace("AMP(), element", "element")
+
+
 def _write_names(axis: Axes, runs: Runs, key: str, found: dict[str, list[float]]) -> None:
     """Beside their points; those that would overlap are moved up."""
     to_axes = axis.transData + axis.transAxes.inverted()
@@ -77,7 +81,7 @@ def _write_names(axis: Axes, runs: Runs, key: str, found: dict[str, list[float]]
         taken[lane] = y = max(y, taken.get(lane, 0.0) + APART)
         left = passes == 1.8 and any(runs.rows[other].passes == 2 for other in found)
         axis.annotate(
-            row_label(runs, key, name).replace("average of the weights", "EMA"),
+            _short(row_label(runs, key, name)),
             (passes, mean),
             (x - 0.02 if left else x + 0.02, y),
             textcoords="axes fraction",
