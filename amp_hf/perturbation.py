@@ -154,13 +154,14 @@ class Perturbation:
         factor, norm, slope = shrinkage(gradient, self.epsilon, self.ball, rate, self._norms)
         if is_first:
             self.slope = slope
-        self._change_units(gradient, torch._foreach_mul_)  # from Δ/T to Δ
         for group in self._groups:
-            delta = group.of(gradient)
+            delta, params = group.of(gradient), group.of(self.params)
+            if self.ball == "elementwise":  # from Δ/T to Δ
+                torch._foreach_mul_(delta, _units(params))
             torch._foreach_mul_(
                 delta, factor if isinstance(factor, Tensor) else group.factors(factor)
             )
-            self._displace(group.of(self.params), delta, torch._foreach_add_)
+            self._displace(params, delta, torch._foreach_add_)
         self._moved()
         return norm
 
