@@ -67,7 +67,8 @@ def _color(name: str) -> str:
 
 
 def _short(label: str) -> str:
-    return label.replace("average of the weights", "EMA").replace("AMP(), element", "element")
+    shorter = label.replace("average of the weights", "EMA")
+    return shorter.replace("AMP(), elementwise", "elementwise")
 
 
 def _write_names(axis: Axes, runs: Runs, key: str, found: dict[str, list[float]]) -> None:
