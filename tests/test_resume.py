@@ -41,10 +41,11 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one_to_the_b
 def test_a_step_that_a_checkpoint_cuts_short_is_repeated_and_counted_once(tmp_path, config):
     def terminate(event, state, control):
         """As `enable_jit_checkpoint` does on a SIGTERM."""
-        if state.global_step == 6:
+        if state.global_step == step:
             trainer._save_checkpoint(trainer.model, trial=None)
             control.should_training_stop = True
 
+    step = 6 if config == "reused" else 7  # one with an ascent
     options = dict(max_steps=12, save_strategy="steps", save_steps=3, optim="adamw_torch")
     options |= dict(gradient_accumulation_steps=2, learning_rate=0.01)
     outcomes = []
@@ -55,7 +56,7 @@ def test_a_step_that_a_checkpoint_cuts_short_is_repeated_and_counted_once(tmp_pa
         trainer.train()
         if callbacks:
             trainer = trainer_for(make(), folder, resume_worker.CONFIGS[config], **options)
-            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+            trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         assert trainer.state.global_step == 12
         progress = trainer.state.stateful_callbacks["amp_hf"]["progress"]
         outcomes.append((weights(trainer.model), progress))
