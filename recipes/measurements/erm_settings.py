@@ -209,6 +209,7 @@ RESULTS = {
 }
 # What should need no tuning.
 DEFAULTS = ("AMP()", "budget 1.15")
+ELEMENTWISE = "AMP(), elementwise"
 HELD_OUT_ERM = "held out, ERM"
 
 
@@ -243,7 +244,7 @@ OTHERS = {
     "average of the weights": Row(epsilon=0, trainer=Averaged),
     "SAM, ρ 0.05": Row("--inner_lr 1e6", epsilon=0.05),  # always on the sphere
     "ASAM, ρ 0.5": Row(epsilon=0.5, trainer=ASAM),
-    "AMP(), elementwise": Row("--ball elementwise"),
+    ELEMENTWISE: Row("--ball elementwise"),
     "MixUp, AMP()": Row(trainer=MixedUp),
     "average of the weights, AMP()": Row(trainer=Averaged),
 }
