@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from .config import AMPConfig
 from .engine import engine_for
+from .parameters import check_perturbable
 
 # Of TRL. Each pass of theirs draws or generates a batch of its own, so that Δ would come from
 # another batch than the update; PPOTrainer has a loop of its own, which perturbs nothing.
@@ -21,6 +22,13 @@ _GENERATING = frozenset(
     GRPOTrainer IWOPDTrainer OnlineDPOTrainer PPOTrainer RLOOTrainer SDFTTrainer SDPOTrainer
     """.split()  # noqa: SIM905
 )
+
+
+def check_trainer(trainer: Any, config: AMPConfig) -> None:
+    """Raises `ValueError` for whatever AMP would be wrong with, but hooks."""
+    check_parent(type(trainer))
+    check_engine(config, trainer.accelerator, trainer.args, trainer.model)
+    check_perturbable(trainer.model, config.perturb)
 
 
 def check_parent(trainer: type) -> None:

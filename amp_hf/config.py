@@ -23,10 +23,10 @@ AMP_CONFIG_NAME = "amp_config.json"  # beside every model that is saved
 class AMPConfig:
     """How a model is perturbed: Algorithm 1 of Zheng et al., CVPR 2021 (arXiv 2010.04925).
 
-    `AMPConfig()` sets its radius by itself (`amp_hf.radius`). On the twelve small schedules of
-    recipes/measurements/README.md, the four that overfit most gained 0.09 to 0.44 of the negative
-    log-likelihood and up to 6.3 points of accuracy; small transformers lost up to 0.6 ± 1.1 points.
-    With `epsilon=x` the radius is x, as published; the best one is to be searched for.
+    `AMPConfig()` sets its radius by itself (`amp_hf.radius`). On the small schedules of
+    recipes/measurements/README.md, the four that overfit most gained 0.09 to 0.44 nats of the
+    negative log-likelihood and up to 6.3 points of accuracy; small transformers lost up to 0.6 ±
+    1.1 points. With `epsilon=x` the radius is x, as published; search for the best one.
 
     Every field is checked on construction; a bad one raises `ValueError` naming the field and what
     it accepts. `transformers.HfArgumentParser` can parse the dataclass, and it comes back from JSON
@@ -44,7 +44,8 @@ class AMPConfig:
         default=0.2,
         metadata={
             "help": "Where epsilon sets itself: how far the perturbation raises the loss, > 0, in "
-            "nats, once everything has been learnt; before, and where the loss bends, it is less."
+            "nats, once the data are learnt; less before that, and less where the loss rises more "
+            "than exponentially."
         },
     )
     inner_lr: float = field(
@@ -191,26 +192,17 @@ class AMPConfig:
             if saved[name] != value
         ]
 
-    def ascends_at(self, step: int, max_steps: int) -> bool:
-        """Whether a perturbation is computed at optimizer step `step` (from 0) of `max_steps`.
-
-        The first ⌊ascent_start · max_steps⌋ steps are plain, so there is at least one ascent; from
-        there on, every `ascent_every`-th step has one. With `ascent_reuse` the step after a
-        checkpoint has one, too, from which the next is counted. Where `epsilon` sets itself, the
-        rule leaves more steps plain than that.
-        """
-        since = self._steps_since_start(step, max_steps)
-        return self.epsilon != 0 and since >= 0 and since % self.ascent_every == 0
-
     def perturbs_at(self, step: int, max_steps: int) -> bool:
-        """Whether optimizer step `step` is perturbed, if only by an earlier step's Δ."""
-        if not self.ascent_reuse:
-            return self.ascends_at(step, max_steps)
-        return self.epsilon != 0 and self._steps_since_start(step, max_steps) >= 0
+        """Whether optimizer step `step` (from 0) of `max_steps` is perturbed.
 
-    def _steps_since_start(self, step: int, max_steps: int) -> int:
+        The first ⌊ascent_start · max_steps⌋ steps are plain, so at least one is perturbed. From
+        there on, every `ascent_every`-th step is, and with `ascent_reuse` those between, too, by an
+        earlier Δ. Where `epsilon` sets itself, the rule leaves more steps plain than that.
+        """
         # Rounded first: 0.29 * 100 is 28.999999999999996.
-        return step - min(math.floor(round(self.ascent_start * max_steps, 6)), max_steps - 1)
+        start = min(math.floor(round(self.ascent_start * max_steps, 6)), max_steps - 1)
+        is_due = self.ascent_reuse or (step - start) % self.ascent_every == 0
+        return self.epsilon != 0 and step >= start and is_due
 
     def _refuse(self, name: str, allowed: str) -> ValueError:
         return ValueError(f"AMPConfig.{name} must be {allowed}, got {_shown(getattr(self, name))}.")

@@ -81,7 +81,7 @@ class LossFunction:
         self._bar: tqdm | None = None
 
         ranks, rank = 1, 0
-        if distributed.is_available() and distributed.is_initialized():
+        if distributed.is_initialized():
             ranks, rank = distributed.get_world_size(), distributed.get_rank()
         self._distributed = ranks > 1
         self.samples = 0

@@ -24,18 +24,18 @@ Count = Tensor | int | None  # what the Trainer calls `num_items_in_batch`
 
 @dataclass(frozen=True)
 class LossKind:
-    """What the parent's loss is beside the mean over its micro-batch.
+    """How the parent's loss differs from the plain mean over its micro-batch.
 
     Attributes:
         divided_by: what makes it a share of the window's mean: `num_items_in_batch`, or the number
             of micro-batches. Some models (BERT's for sequences, say) and loss functions are given
             the former and return their own mean all the same; the Trainer then adds up means.
-        grows: it is multiplied by the ranks whose items are counted, as `Trainer.compute_loss`
-            does; a subclass that overrides it may not.
+        times_ranks: it is multiplied by the number of ranks whose items are counted, as
+            `Trainer.compute_loss` does; a subclass that overrides it may not.
     """
 
     divided_by: Literal["items", "micro_batches"] | None = "items"
-    grows: bool = True
+    times_ranks: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class ParentPasses:
 
     @property
     def _parent(self) -> Any:
-        return super(self._mixin, self._trainer)  # kept, it could not be copied or pickled
+        # Not stored: a super object can be neither copied nor pickled.
+        return super(self._mixin, self._trainer)
 
     def __call__(self, model: nn.Module, batch: Any, num_items: Count) -> Tensor:
         """Forward and backward. Returns the loss."""
@@ -126,7 +127,7 @@ class ParentPasses:
         return factor / self._growth(num_items, kind)
 
     def _growth(self, num_items: Count, kind: LossKind) -> int:
-        return self._counted_ranks(num_items) if kind.grows else 1
+        return self._counted_ranks(num_items) if kind.times_ranks else 1
 
     def _counted_ranks(self, num_items: Count) -> int:
         """Whose items `num_items` counts: c of `LossScale`."""
@@ -154,6 +155,7 @@ class ParentPasses:
             return LossKind("micro_batches")  # by the Trainer, which counts no ranks either
         averages = args.average_tokens_across_devices
         losses = []
+        # As it is; with twice the items; in twice the window; with this rank's items alone.
         for items, window, counts_ranks in (
             (1, 1, averages),
             (2, 1, averages),
@@ -171,8 +173,9 @@ class ParentPasses:
         loss, *changed = trainer.accelerator.reduce(torch.stack(losses)).tolist()
         if not loss or not math.isfinite(loss):
             return None
-        by_items, by_window, grows = (other / loss < 0.75 for other in changed)
-        return LossKind("items" if by_items else "micro_batches" if by_window else None, grows)
+        # Twice the divisor halves the loss, and half of the ranks or fewer do, too.
+        by_items, by_window, by_ranks = (other / loss < 0.75 for other in changed)
+        return LossKind("items" if by_items else "micro_batches" if by_window else None, by_ranks)
 
     @contextlib.contextmanager
     def as_a_step_of_its_own(self) -> Iterator[None]:

@@ -58,8 +58,8 @@ def shrinkage(
 
     Returns:
         The factor, or one for each tensor if the ball is `"tensor"`; the norm of `delta` after the
-        projection, over all tensors together; and the norm of rate · Δ that is dual to the ball's:
-        ε times it is its inner product with the longest Δ in its direction. All are 0-dimensional.
+        projection, over all tensors together; and the slope: to first order, a loss whose gradient
+        is rate · Δ rises by at most ε times this within the ball. All are 0-dimensional.
     """
     norms = rate * norms_of(delta.tensors)
     if ball != "tensor":
@@ -72,8 +72,8 @@ def shrinkage(
             block.nan_to_num_(0.0, 0.0, 0.0)  # 0 * inf would be NaN
     scale = torch.where(finite, rate * shrink, 0.0)
     norm = torch.where(finite, torch.linalg.vector_norm(norms * shrink), 0.0)
-    dual = torch.where(finite, norms.sum(), 0.0)
-    return (scale.unbind() if ball == "tensor" else scale), norm, dual
+    slope = torch.where(finite, norms.sum(), 0.0)
+    return (scale.unbind() if ball == "tensor" else scale), norm, slope
 
 
 def _nothing_more() -> None:
@@ -94,8 +94,7 @@ class Perturbation:
         moved: called whenever the parameters have been changed.
 
     Attributes:
-        slope: of the first ascent, its rate times how far the longest Δ in a ball of radius 1 would
-            raise the loss, were it linear; 0-dimensional.
+        slope: `slope_of` the first ascent's gradient, times its rate; 0-dimensional.
     """
 
     slope: Tensor

@@ -44,7 +44,7 @@ class Radius:
     """What the rule remembers. All numbers are finite, or `None` where nothing is known yet.
 
     Attributes:
-        epsilon: the radius of the next Δ, in parameter units.
+        epsilon: the radius of the next Δ, in parameter units (elementwise: in none).
         first_loss: the loss that the training began with: that of the first step, unless the
             average rises well above it early, as where a batch of few samples made it an outlier.
         loss: the moving average of the loss at θ.
@@ -78,7 +78,8 @@ class Radius:
     def begin(self, target: float, loss: float, slope: float) -> None:
         """The first radius: the one that raises `loss` by `target`, if it grows exponentially.
 
-        That is what a loss does that has been learnt: a linear guess is a hundred times too long.
+        So does that of a network that has learnt its data, where a guess of first order may be a
+        hundred times too long.
 
         Args:
             slope: how far a Δ of radius 1 would raise the loss, were it linear. Where it is 0, or

@@ -114,9 +114,9 @@ def _arguments(trainer: Trainer) -> dict[str, Any]:
     return arguments | {name: True for name in ("bf16", "fp16") if getattr(args, name)}
 
 
-def _seconds(trainer: Trainer) -> float | None:
+def _seconds(trainer: Any) -> float | None:
     times = [log["train_runtime"] for log in trainer.state.log_history if _ends_training(log)]
-    return times[-1] if times and not getattr(trainer, "resumed", False) else None
+    return times[-1] if times and not trainer.resumed else None
 
 
 def delta_norms(state: TrainerState) -> list[float]:
@@ -181,9 +181,9 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
         )
     else:
         logger.warning(
-            "No step was perturbed, so this is what the stock Trainer trains: AMPConfig waits for "
-            "20 % of the steps, and for a loss that has fallen far enough, the further the fewer "
-            "epochs there are. AMPConfig(epsilon=…) perturbs all the same."
+            "No step was perturbed, so this run equals the stock Trainer's: AMPConfig() perturbs "
+            "only after 20 % of the steps and once the loss has fallen far enough (the fewer the "
+            "epochs, the further). AMPConfig(epsilon=…) perturbs in any case."
         )
 
 

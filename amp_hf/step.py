@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .batches import check_divisible, first_samples
-from .checks import check_engine, check_parent
+from .checks import check_trainer
 from .config import AMPConfig
 from .engine import Engine, engine_for
 from .feedback import Feedback
-from .parameters import StepTensors, check_no_hooks, check_perturbable
+from .parameters import StepTensors, check_no_hooks
 from .passes import Count, LossKind, ParentPasses
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
 from .progress import keep
@@ -145,16 +145,14 @@ class PerturbedStep:
     def _check(self, inputs: Any) -> None:
         """Refuses what `__init__` could not see: a config, hooks or batches that came later."""
         trainer, config = self.trainer, self._config
-        check_parent(type(trainer))
-        check_engine(config, trainer.accelerator, trainer.args, trainer.model)
-        check_perturbable(trainer.model, config.perturb)
+        check_trainer(trainer, config)
         if not trainer.is_deepspeed_enabled:  # which has hooks of its own by now
             check_no_hooks(trainer.model)
         accumulates = getattr(trainer, "current_gradient_accumulation_steps", 1) > 1
         if not self.window.batches and accumulates:
             raise ValueError(
-                f"{type(trainer).__name__}.get_batch_samples must call its parent's, where AMP "
-                "takes the micro-batches of a step from."
+                f"{type(trainer).__name__}.get_batch_samples must call super(): AMP takes the "
+                "step's micro-batches from there."
             )
         # A run that resumes may begin with an epoch's last batch, which may be a single sample.
         if config.ascent_fraction < 1 and trainer.state.global_step == 0:
@@ -163,8 +161,9 @@ class PerturbedStep:
     def _needs_new_delta(self) -> bool:
         """Whether there is no Δ that this step could reuse."""
         run, config = self.run, self._config
-        if run.reusable is None or run.last_ascent is None or not config.ascent_reuse:
+        if run.reusable is None or not config.ascent_reuse:
             return True
+        assert run.last_ascent is not None
         are_others = self._tensors.update()  # a callback may have (un)frozen some since
         since = self.trainer.state.global_step - run.last_ascent
         return are_others or since >= config.ascent_every
@@ -326,7 +325,9 @@ class PerturbedStep:
                 loss = gradient_scale * torch.stack(clean_losses).sum()
                 self._begin_radius(loss, factor * window.perturbation.slope_of(gradient))
             window.delta_norm = window.perturbation.ascend(gradient, inner_lr * factor)
-        window.linear_rise = window.perturbation.slope * (window.perturbation.epsilon / inner_lr)
+        if config.epsilon is None:
+            epsilon = window.perturbation.epsilon  # that of the first ascent is not known before
+            window.linear_rise = window.perturbation.slope * (epsilon / inner_lr)
         return clean_losses
 
     def _begin_radius(self, loss: Tensor, slope: Tensor) -> None:

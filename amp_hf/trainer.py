@@ -18,9 +18,9 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from .card import CardDetails, write
-from .checks import check_engine, check_parent
+from .checks import check_trainer
 from .config import AMP_CONFIG_NAME, AMPConfig
-from .parameters import check_no_hooks, check_perturbable
+from .parameters import check_no_hooks
 from .passes import ParentPasses
 from .record import TrainingRecord, warn_if_never_perturbed, warn_of_changes
 from .step import PerturbedStep
@@ -75,23 +75,22 @@ class AMPTrainerMixin(_Parent):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
         self.card_details = CardDetails()
+        self.resumed = False  # if so, `train_runtime` is that of a part
         self._amp_step = PerturbedStep(self, ParentPasses(self, AMPTrainerMixin))
         super().__init__(*args, **kwargs)
         self.callback_handler.callbacks.insert(0, ShowConfig(self))
         if self.amp_config.epsilon != 0:
-            check_parent(type(self))
-            check_engine(self.amp_config, self.accelerator, self.args, self.model)
-            check_perturbable(self.model, self.amp_config.perturb)
+            check_trainer(self, self.amp_config)
             check_no_hooks(self.model)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        self.resumed = bool(resume_from_checkpoint)  # then `train_runtime` is that of a part
-        if resume_from_checkpoint:
-            folder = resume_from_checkpoint
-            if folder is True:
-                folder = get_last_checkpoint(self.args.output_dir) or ""
+        self.resumed = bool(resume_from_checkpoint)
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
             warn_of_changes(self.amp_config, folder)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -72,7 +72,8 @@ class Rule:
                 self.epsilon /= min(16.0, max(0.25, missed)) ** 0.2
                 bend = math.log(perturbed / loss) / (linear / loss) - 1
                 self.bend = 0.95 * self.bend + 0.05 * min(1.0, max(-1.0, bend))
-        share = (1 - self.loss / self.first_loss) ** min(20, (40 / self.epochs) ** 4)
-        if step < 0.2 * self.steps or share < 0.05:
+        learnt = 1 - self.loss / self.first_loss
+        share = learnt ** min(20, (40 / self.epochs) ** 4)
+        if step < 0.2 * self.steps or learnt < 2 / 3 or share < 0.05:
             return 0.0
         return share * min(self.rise, self.first_loss / 10) / (1 + 10 * max(0.0, self.bend))

@@ -93,7 +93,7 @@ def test_a_training_too_short_to_learn_its_data_is_the_stock_trainers_to_the_bit
     )
     assert logged(ours, "amp/delta_norm") == []
     assert_same(outcome(ours), outcome(stock))
-    assert "No step was perturbed, so this is what the stock Trainer trains" in caplog.text
+    assert "No step was perturbed, so this run equals the stock Trainer" in caplog.text
 
 
 # What the inner passes must not disturb

@@ -22,9 +22,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..job import main as job
 from ..job.data import NUMBER, find_column
 from ..job.job import Job
+from ..job.main import main as run_job
 from ..job.saved import load_weights
 from ..trainer import AMPTrainer
 from .arguments import parse
@@ -145,4 +145,4 @@ class ImageJob(Job):
         return plain
 
 
-main = partial(job.main, ImageJob, parse)
+main = partial(run_job, ImageJob, parse)

@@ -30,7 +30,8 @@ def main(
     """Parses the arguments, trains, evaluates, saves, and says where.
 
     Args:
-        parse: makes the first three arguments of `job_class` from the next four here.
+        parse: called with the next four; returns the job's own arguments, `TrainingArguments` and
+            `AMPConfig`, which `job_class` takes.
         defaults: this recipe's, of any argument.
         from_scratch_defaults: further ones, where there are no pretrained weights.
         argv: the arguments, if they do not come from the command line.

@@ -64,7 +64,7 @@ class RecipeTrainer(AMPTrainer):
         **kwargs: Any,
     ) -> Any:
         self.save_model(_internal_call=True)  # before anything can fail
-        private = {name: kwargs[name] for name in ("private",) if name in kwargs}
+        private = {"private": kwargs["private"]} if "private" in kwargs else {}
         remedy = self._remedy(revision, **private)
         with _hub_errors(f"The push to {self._repository()} failed", remedy):
             if self.hub_model_id is None:

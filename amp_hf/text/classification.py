@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from ..card import CardDetails
-from ..job import main as job
 from ..job.data import NUMBER, check_labels, find_column
 from ..job.job import Job
+from ..job.main import main as run_job
 from ..job.saved import first_line, load_weights, origin_on_card
 from ..trainer import AMPTrainer
 from .arguments import parse
@@ -168,4 +168,4 @@ def _new_modules(model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
     )
 
 
-main = partial(job.main, TextJob, parse)
+main = partial(run_job, TextJob, parse)
