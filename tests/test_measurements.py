@@ -238,7 +238,7 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
     monkeypatch.setitem(frontier.SETTINGS, "gtsrb", short)
     words = ["--data", tmp_path, "--settings", "gtsrb", "--rounds=2"]
     words += ["--output", tmp_path / "frontier.json"]
-    rows = ["--rows", "ERM", "budget 1.15"]
+    rows = ["--rows", "ERM", "AMP, ε 0.1"]
     main_of(frontier, monkeypatch, *words, *rows, "--seeds", 0)
     first = json.loads((tmp_path / "frontier.json").read_text())
     rows += [name for name, row in frontier.ROWS.items() if row.trainer is not AMPTrainer]
@@ -251,7 +251,7 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
     assert found["times"]["gtsrb"]["ERM"] == [1, 1]
     table = frontier.table(saved_runs(frontier, tmp_path), "gtsrb")
     assert table in capsys.readouterr().out
-    accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == "budget 1.15"]
+    accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == rows[2]]
     assert f"{sum(accuracies) / 2:.2f} ± " in table
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
@@ -282,6 +282,15 @@ def test_the_picture_names_every_row_that_has_runs(tmp_path):
     assert [written.count(name) for name in ("ERM", "AMP()", "AMP, ε 0.4")] == [6, 6, 3]
     # The second setting has no such runs.
     assert written.count("MixUp") == written.count("EMA") == 3
+
+
+@pytest.mark.parametrize("script", [erm_comparison, frontier])
+def test_a_command_that_is_kept_is_that_of_its_row(script):
+    found = saved_runs(script)
+    for run in found.found["runs"]:
+        key = run["setting"]
+        if not (script.SETTINGS[key].recipe or script.SETTINGS[key].base):
+            assert run["command"] == found.command(key, run["row"], run["seed"])
 
 
 @pytest.mark.slow

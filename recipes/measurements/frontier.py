@@ -1,7 +1,7 @@
 """What AMP gains for the time it takes, beside ERM given the same time: tables and a plot.
 
     python recipes/measurements/frontier.py
-    python recipes/measurements/frontier.py --settings gtsrb --rows ERM "budget 1.15" --seeds 0 1 2
+    python recipes/measurements/frontier.py --settings gtsrb --rows ERM "AMP, ε 0.1" --seeds 0 1 2
 
 Runs all that frontier.json does not hold yet, which takes hours; `--data` is a folder of local
 copies, in its folders cifar10 and gtsrb. It trains timm's smallest ResNet from scratch on subsets,
@@ -52,8 +52,6 @@ SETTINGS = {
 FAMILIES = {
     "ERM": dict(color="#000000", marker="o", linestyle="--"),
     "AMP, every step": dict(color="#D55E00", marker="s", linestyle="none"),
-    "AMP()": dict(color="#0072B2", marker="s", linestyle="none"),
-    "AMP() for a budget": dict(color="#0072B2", marker="D", linestyle="-"),
     "AMP, last 60 %, reused": dict(
         color="#0072B2", marker="D", linestyle=":", markerfacecolor="white"
     ),
@@ -69,8 +67,6 @@ ROWS = {
     "ERM": Row(epsilon=0, family="ERM"),
     "ERM, 1.15 × the epochs": Row(epsilon=0, family="ERM", epochs=1.15),
     "ERM, 2 × the epochs": Row(epsilon=0, family="ERM", epochs=2.0),
-    "AMP()": Row(family="AMP()"),
-    "budget 1.15": Row("--budget 1.15", family="AMP() for a budget"),
     "AMP, ε 0.1": Row(epsilon=0.1, family="AMP, every step"),
     "AMP, ε 0.2": Row(epsilon=0.2, family="AMP, every step"),
     "AMP, ε 0.3": Row(epsilon=0.3, family="AMP, every step"),

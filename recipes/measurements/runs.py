@@ -180,7 +180,7 @@ class Runs:
             "scaled_nll": scaled["nll"],
             "scaled_ece": scaled["ece"],
             "seconds": seconds,
-            "command": self._command(key, name, seed),
+            "command": self.command(key, name, seed),
             **machine(),
         }
         if setting.corrupted:
@@ -207,7 +207,7 @@ class Runs:
 
         return _made_once(key.replace(" ", "_"), train)
 
-    def _command(self, key: str, name: str, seed: int) -> str:
+    def command(self, key: str, name: str, seed: int) -> str:
         """As a user types it who takes the data sets from the Hub.
 
         What no recipe can run begins with its trainer's or its job's name instead.
