@@ -8,7 +8,7 @@ loss by about as much. So the rise is held at a target, and ε is what it takes:
     ε       ← ε · (target / (loss(θ + Δ) − loss(θ)))^0.2
 
 A network first learns what its data have in common, and a perturbation is in the way of that. So
-steps are plain until two thirds of the loss are gone, and for the first 20 % in any case. In 40
+steps are plain until the loss has fallen by two thirds, and for the first 20 % in any case. In 40
 epochs or more, the samples are likely to be memorized, and the target grows with what has been
 learnt. In 18 or fewer they may never be; the exponent is then 20, so that steps are perturbed only
 once nearly everything has been learnt: before that, a perturbation just slows the training down. A

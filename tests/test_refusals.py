@@ -150,6 +150,6 @@ def test_batches_that_amp_does_not_see_are_refused(tmp_path):
     for config in (always(), AMPConfig(epsilon=0.1, ascent_start=0.5)):  # before anything is lost
         model = make()
         before = weights(model)
-        with pytest.raises(ValueError, match="UnannouncedTrainer.get_batch_samples must call"):
+        with pytest.raises(ValueError, match=r"Trainer\.get_batch_samples must call"):
             train(model, tmp_path, config, **options)
         assert not differing(weights(model), before)
