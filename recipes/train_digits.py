@@ -49,10 +49,12 @@ COLUMNS = ("accuracy", "nll", "ece", "sharpness")
 
 @dataclass
 class DigitsArguments:
-    seeds: int = 5
-    train_samples: int = 200
-    epochs: int = 40
-    output_dir: str = "outputs/digits"
+    seeds: int = field(default=5, metadata={"help": "How many runs of each, with seeds from 0 on."})
+    train_samples: int = field(default=200, metadata={"help": "Digits to train on, 10 to 1,787."})
+    epochs: int = field(default=40, metadata={"help": "How often each of them is seen."})
+    output_dir: str = field(
+        default="outputs/digits", metadata={"help": "A folder for the results and the picture."}
+    )
     budget: float | None = field(
         default=None,
         metadata={"help": "Times the stock Trainer's passes, > 1: AMPConfig.for_budget."},

@@ -68,7 +68,7 @@ def test_the_benchmark_compares_steps_and_memory_and_writes_them_down(
 def test_what_the_benchmark_compares_with_does_the_steps_that_it_is_compared_for(name):
     """SAM's perturbation is one of AMP's that always reaches the ball."""
     kind = dict(ball="tensor") if name == "AMP as released" else dict(inner_lr=1e6)
-    config = AMPConfig(benchmark_step.RADIUS, **kind, ascent_start=0.0, norm_stats="both")
+    config = AMPConfig(benchmark_step.RADIUS, **kind, norm_stats="both")
     after = []
     for own in (benchmark_step.TRAINERS[name], dict(cls=AMPTrainer, amp_config=config)):
         trainer = benchmark_step.build(*SMALL, **own)

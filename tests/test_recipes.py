@@ -36,6 +36,7 @@ from amp_hf.images.backbones import preprocessing
 from amp_hf.images.classification import ImageJob, main
 from amp_hf.job import job as amp_job
 from amp_hf.job.data import NUMBER
+from amp_hf.text.arguments import TextArguments
 
 GTSRB = RECIPES.parents[1] / "shared" / "data" / "gtsrb"
 CONFIGS = sorted((RECIPES / "accelerate").iterdir())
@@ -687,6 +688,10 @@ def test_two_processes_evaluate_as_one_does(tmp_path, data, monkeypatch):
         assert two[name] == pytest.approx(one[name], abs=1e-6)
 
 
-def test_image_arguments_have_help_texts():
-    fields = ImageArguments.__dataclass_fields__.values()
+@pytest.mark.parametrize(
+    "arguments",
+    [ImageArguments, TextArguments, train_digits.DigitsArguments, search_epsilon.SearchArguments],
+)
+def test_every_argument_has_a_help_text(arguments):
+    fields = arguments.__dataclass_fields__.values()
     assert [field.name for field in fields if "help" not in field.metadata] == []

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from amp_hf import AMPConfig
-from amp_hf.text.arguments import TextArguments, parse
+from amp_hf.text.arguments import parse
 from amp_hf.text.classification import TextJob, main
 
 QUICK = ["--num_train_epochs=2", "--use_cpu", "--report_to=none", "--learning_rate=1e-3"]
@@ -272,8 +272,3 @@ def test_numbers_with_fractions_are_no_classes(tmp_path, encoder, capsys):
     with pytest.raises(SystemExit):
         main(argv=[*argv, "--label_column=score"])
     assert "'score' holds numbers of type float64, which are no classes" in capsys.readouterr().err
-
-
-def test_text_arguments_have_help_texts():
-    fields = TextArguments.__dataclass_fields__.values()
-    assert [field.name for field in fields if "help" not in field.metadata] == []

@@ -113,13 +113,13 @@ def noise(count: int, size: int) -> datasets.Dataset:
 STOCK, AUGMENTING = "stock Trainer", "stock Trainer, augmenting"
 TRAINERS: dict[str, dict] = {
     STOCK: dict(cls=Trainer),
-    "AMPTrainer": dict(cls=AMPTrainer, amp_config=AMPConfig(RADIUS, ascent_start=0.0)),
+    "AMPTrainer": dict(cls=AMPTrainer, amp_config=AMPConfig(RADIUS)),
     "AMPTrainer, elementwise": dict(
-        cls=AMPTrainer, amp_config=AMPConfig(RADIUS, ball="elementwise", ascent_start=0.0)
+        cls=AMPTrainer, amp_config=AMPConfig(RADIUS, ball="elementwise")
     ),
     "AMPTrainer, reusing Δ": dict(
         cls=AMPTrainer,
-        amp_config=AMPConfig(RADIUS, ascent_start=0.0, ascent_every=10**9, ascent_reuse=True),
+        amp_config=AMPConfig(RADIUS, ascent_every=10**9, ascent_reuse=True),
     ),
     **{name: dict(cls=ClosureTrainer, algorithm=made) for name, (made, _) in ALTERNATIVES.items()},
     AUGMENTING: dict(cls=Trainer),

@@ -30,6 +30,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from cost_plot import draw_costs
 from erm_settings import (
+    ALTERNATIVES,
     AS_RECIPES,
     COMPARED,
     DEFAULTS,
@@ -39,7 +40,6 @@ from erm_settings import (
     HELD_OUT,
     HELD_OUT_ERM,
     ONCE,
-    OTHERS,
     RESULTS,
     ROWS,
     SCHEDULES,
@@ -68,9 +68,9 @@ STYLES = {
 }
 
 EVERYWHERE = [*SCHEDULES, "gtsrb resnet18", *FURTHER]
-UNTUNED = [name for name in (RESULTS | OTHERS) if not ROWS[name].chosen_epsilon]
-BESIDE = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
-UNTIMED = {"accuracy": "accuracy, %", "nll": "NLL", "scaled_nll": "NLL, scaled", "ece": "ECE"}
+RECIPE_ROWS = [name for name in (RESULTS | ALTERNATIVES) if not ROWS[name].chosen_epsilon]
+SMALL_SETTINGS = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
+COLUMNS = {"accuracy": "accuracy, %", "nll": "NLL", "scaled_nll": "NLL, scaled", "ece": "ECE"}
 WITHOUT_TUNING = (*DEFAULTS, ELEMENTWISE)
 DOSED = ("digits test_vit", "gtsrb efficientnet")
 
@@ -81,9 +81,9 @@ TABLES = {
     "choice": ([0], [(key, held_out(epsilon)) for key in TRIED for epsilon in TRIED[key]]),
     "results": (FIVE, [(key, name) for name in RESULTS for key in COMPARED]),
     "defaults": (FIVE, [(key, name) for name in ("ERM", *WITHOUT_TUNING) for key in EVERYWHERE]),
-    "others": (THREE, [(key, name) for name in OTHERS for key in BESIDE]),
+    "others": (THREE, [(key, name) for name in ALTERNATIVES for key in SMALL_SETTINGS]),
     "doses": (FIVE, [(key, name) for name in ("ERM", "AMP()", *DOSES) for key in DOSED]),
-    "recipes": (THREE, [(key, name) for name in UNTUNED for key in AS_RECIPES]),
+    "recipes": (THREE, [(key, name) for name in RECIPE_ROWS for key in AS_RECIPES]),
     "grid": ([0], [(key, name) for name in GRID_ROWS for key in GRID]),
 }
 
@@ -131,22 +131,22 @@ def doses_table(runs: Runs) -> str:
 
 def others_table(runs: Runs) -> str:
     """What else a user might take, beside ERM and AMP with the same seeds."""
-    keys = _with_others(runs, BESIDE)
-    return _untimed_table(runs.without(MORE), keys, ("ERM", *DEFAULTS, *OTHERS))
+    keys = _with_others(runs, SMALL_SETTINGS)
+    return _untimed_table(runs.without(MORE), keys, ("ERM", *DEFAULTS, *ALTERNATIVES))
 
 
 def _with_others(runs: Runs, keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if any(runs.values(key, name, "nll") for name in OTHERS)]
+    return [key for key in keys if any(runs.values(key, name, "nll") for name in ALTERNATIVES)]
 
 
 def recipes_table(runs: Runs) -> str:
     """The recipes as they are, and with everything else in AMP's place."""
     more = {"corrupted": "accuracy on corrupted images, %"}
-    return _untimed_table(runs, AS_RECIPES, UNTUNED, UNTIMED | more)
+    return _untimed_table(runs, AS_RECIPES, RECIPE_ROWS, COLUMNS | more)
 
 
 def _untimed_table(
-    runs: Runs, keys: Iterable[str], rows: Iterable[str], columns: dict[str, str] = UNTIMED
+    runs: Runs, keys: Iterable[str], rows: Iterable[str], columns: dict[str, str] = COLUMNS
 ) -> str:
     """Mean ± standard deviation over seeds."""
     lines = []
@@ -255,8 +255,8 @@ def main() -> None:
     for table in TO_PRINT:
         print(f"\n{table(runs)}")
     draw_grid(runs, _picture(runs, "grid"))
-    if keys := _with_others(runs, (*BESIDE, *AS_RECIPES)):
-        draw_costs(runs.without(MORE), keys, (*RESULTS, *OTHERS), _picture(runs, "cost"))
+    if keys := _with_others(runs, (*SMALL_SETTINGS, *AS_RECIPES)):
+        draw_costs(runs.without(MORE), keys, (*RESULTS, *ALTERNATIVES), _picture(runs, "cost"))
     print(f"\nSaved {runs.path}")
 
 

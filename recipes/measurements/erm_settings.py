@@ -238,7 +238,7 @@ HELD_OUT = {
     },
 }
 # What else a user might take, as published, and with AMP.
-OTHERS = {
+ALTERNATIVES = {
     "label smoothing 0.1": Row("--label_smoothing_factor 0.1", epsilon=0),
     "MixUp": Row(epsilon=0, trainer=MixedUp),
     "average of the weights": Row(epsilon=0, trainer=Averaged),
@@ -250,7 +250,7 @@ OTHERS = {
 }
 # Half and a quarter of the default's dose.
 DOSES = {f"AMP(), rise {rise}": Row(f"--rise {rise}") for rise in (0.1, 0.05)}
-ROWS = RESULTS | OTHERS | DOSES | HELD_OUT
+ROWS = RESULTS | ALTERNATIVES | DOSES | HELD_OUT
 
 # The radii that held-out images chose from.
 TRIED = {
