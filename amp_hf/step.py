@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,6 +51,14 @@ class PerturbedStep:
         self.run = Run()
         self.window = Window()
         self.means = LogMeans()
+        # Held while the parameters may not be θ. A signal handler runs in the thread that holds it.
+        self._moves = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_moves"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _moves=threading.RLock())
 
     def begin_window(self, batches: list) -> None:
         """Forgets the window before, which a callback may have ended early."""
@@ -59,7 +69,7 @@ class PerturbedStep:
         self.window = Window()
         state = self.run.state
         if state is not None and self.run.checked:
-            keep(state, progress=vars(self.run.progress))
+            keep(state, progress=self._progress)
         self.run = Run(state)  # without the memory that it keeps
 
     def before_checkpoint(self) -> None:
@@ -67,12 +77,22 @@ class PerturbedStep:
         run, state = self.run, self.run.state
         if state is None or state is not self.trainer.state or not run.checked:
             return
-        if run.current_step == state.global_step:  # not taken yet: a resumed run repeats it
-            keep(state, progress=run.progress_before, feedback=self._feedback.state_before())
+        if self._is_within_step:  # a resumed run repeats it
+            keep(state, progress=self._progress, feedback=self._feedback.state_before())
             return
         # Δ is in no checkpoint: the next step ascends anew, as the first one after resuming does.
         run.reusable = None
-        keep(state, progress=vars(run.progress), feedback=self._feedback.state())
+        keep(state, progress=self._progress, feedback=self._feedback.state())
+
+    @property
+    def _is_within_step(self) -> bool:
+        """Whether a step has begun that the optimizer has not taken yet."""
+        return self.run.state is not None and self.run.current_step == self.run.state.global_step
+
+    @property
+    def _progress(self) -> dict[str, Any]:
+        """Of the steps that were taken."""
+        return self.run.progress_before if self._is_within_step else vars(self.run.progress)
 
     def __call__(self, model: nn.Module, inputs: Any, num_items: Count) -> Tensor:
         """One micro-batch: accumulates its gradient at θ + Δ; the parameters end as θ.
@@ -107,21 +127,28 @@ class PerturbedStep:
             if self._needs_new_delta():
                 run.last_ascent = step
             run.progress.count(step, ascends=run.last_ascent == step)
-        try:
-            if run.last_ascent == step:
-                return self._with_new_delta(model, inputs, num_items)
-            return self._with_last_delta(model, inputs, num_items)
-        except BaseException:
-            run.last_perturbed = None  # a subclass may go on: with a new Δ
-            raise
-        finally:
-            self.window.perturbation.restore()
+        with self._moves:
+            try:
+                if run.last_ascent == step:
+                    return self._with_new_delta(model, inputs, num_items)
+                return self._with_last_delta(model, inputs, num_items)
+            except BaseException:
+                run.last_perturbed = None  # a subclass may go on: with a new Δ
+                raise
+            finally:
+                self.window.perturbation.restore()
 
-    def at_theta(self) -> contextlib.AbstractContextManager[None]:
-        """The parameters are θ inside, where a signal handler, say, interrupts a step."""
-        if not self.window.perturbation.is_displaced:
-            return contextlib.nullcontext()
-        return self._engine.at_theta(self.window.perturbation)
+    @contextlib.contextmanager
+    def at_theta(self) -> Iterator[None]:
+        """The parameters are θ inside, where a signal handler, say, interrupts a step.
+
+        Another thread waits for the end of the pass.
+        """
+        with self._moves:
+            perturbation = self.window.perturbation
+            is_displaced = perturbation.is_displaced
+            with self._engine.at_theta(perturbation) if is_displaced else contextlib.nullcontext():
+                yield
 
     @property
     def _config(self) -> AMPConfig:

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ from support import (
     SCOPES,
     ConvNet,
     always,
+    differing,
     make,
     on,
     outcome,
@@ -146,6 +148,31 @@ def test_a_signal_handler_that_saves_in_mid_step_saves_theta_and_changes_nothing
         seen.append(displaced)
         assert result == expected
     assert set(seen) == {False, True}
+
+
+def test_saving_from_another_thread_leaves_the_training_alone(tmp_path):
+    ended = threading.Event()
+    saved = []
+
+    def save(trainer):
+        while not ended.is_set():
+            trainer.save_model(str(tmp_path / "saved"))
+            saved.append(trainer.state.global_step)
+
+    def run(background):
+        trainer = trainer_for(make(), tmp_path, always(), max_steps=60)
+        thread = threading.Thread(target=save, args=(trainer,))
+        if background:
+            thread.start()
+        trainer.train()
+        ended.set()
+        if background:
+            thread.join()
+        return weights(trainer.model)
+
+    saving = run(True)
+    assert len(set(saved)) > 1
+    assert not differing(saving, run(False))
 
 
 def test_where_the_parameters_are_sharded_a_save_in_mid_step_is_refused(tmp_path):
