@@ -166,7 +166,7 @@ def _shown(metrics: dict[str, float]) -> dict[str, float]:
 
 def _results(record: TrainingRecord, details: CardDetails) -> dict[str, Any] | None:
     """Head and rows of the table of results, which has a column for the model and one for ERM."""
-    own = "AMP" if record.amp_config.epsilon != 0 else "ERM"
+    own = "AMP" if record.is_amp else "ERM"
     columns = {own: _cells(own, record.results, details)}
     if own == "AMP" and (details.baseline or "ERM" in details.flatness):
         columns["ERM"] = _cells("ERM", details.baseline or {}, details)

@@ -63,6 +63,11 @@ class TrainingRecord:
     results: Results
     history: list[dict[str, Any]]
 
+    @property
+    def is_amp(self) -> bool:
+        """Whether AMP was asked for; a schedule may have ended at ε = 0."""
+        return self.is_perturbed or self.amp_config.epsilon != 0
+
     @classmethod
     def of(
         cls,
@@ -140,7 +145,8 @@ def results_of(trainer: Trainer) -> Results:
     for entry in trainer.state.log_history:
         ended = ended or _ends_training(entry)
         is_of_another = best is not None and not ended and entry.get("step") != best
-        if is_of_another or _ends_training(entry):
+        # The training's own logs may have a `train_runtime`, too.
+        if is_of_another or _ends_training(entry) or "loss" in entry:
             continue
         for split in (key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")):
             speed = {f"{split}_{name}" for name in _SPEED}

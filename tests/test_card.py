@@ -10,7 +10,17 @@ import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
-from support import MLP, digits, make, padded, strokes, trainer_for
+from support import (
+    MLP,
+    always,
+    digits,
+    make,
+    on,
+    padded,
+    strokes,
+    train_language_model,
+    trainer_for,
+)
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
@@ -193,6 +203,40 @@ def test_an_evaluation_of_the_training_set_does_not_end_the_training(tmp_path):
     assert result.metric_value == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
     (seconds,) = (entry["train_runtime"] for entry in log if "total_flos" in entry)
     assert f"Training took {seconds:.1f} s" in card.text
+
+
+def test_a_schedule_that_ends_at_zero_leaves_a_model_of_amp(tmp_path):
+    def end(event, state, control):
+        if state.global_step == 6:
+            trainer.amp_config = AMPConfig(epsilon=0)
+
+    trainer = trainer_for(make(MLP), tmp_path, always(), max_steps=8)
+    trainer.add_callback(on(["on_step_end"], end))
+    trainer.train()
+    trainer.evaluate(digits()[:50])
+    text = card_of(trainer).text
+    assert "6 of 8 steps had an ascent" in text
+    assert "|  | AMP |" in text and "| `ball` | `global` |" in text
+
+
+def test_a_step_that_was_not_taken_is_not_counted(tmp_path):
+    def stop(event, state, control):
+        control.should_training_stop = state.global_step == 3
+
+    options = dict(max_steps=8, gradient_accumulation_steps=2)
+    trainer = trainer_for(make(MLP), tmp_path, always(), **options)
+    trainer.add_callback(on(["on_substep_end"], stop))
+    trainer.train()
+    assert "3 of 3 steps had an ascent" in card_of(trainer).text
+
+
+def test_speeds_in_the_trainings_logs_are_no_results(tmp_path):
+    trainer = train_language_model(
+        tmp_path, always(), logging_steps=1, include_num_input_tokens_seen="all"
+    )
+    assert any("train_runtime" in log and "loss" in log for log in trainer.state.log_history)
+    trainer.evaluate(strokes()[:4])
+    assert [result.dataset_split for result in card_of(trainer).data.eval_results] == ["eval"]
 
 
 def test_a_training_that_stops_before_the_first_ascent_says_so(tmp_path, caplog):
