@@ -1,4 +1,5 @@
 import datasets
+import numpy as np
 import pytest
 import torch
 from images import NAMES, image_folder, parquet_folder, rows
@@ -94,6 +95,13 @@ def test_a_missing_column_is_named_beside_those_that_exist(tmp_path):
 def test_a_dataset_out_of_reach_says_how_to_go_on(name):
     with pytest.raises(ValueError, match=r"Pass --dataset a local folder.*train_digits.py"):
         load_images(name)
+
+
+def test_an_image_of_16_bits_is_refused_instead_of_clipped():
+    deep = Image.fromarray(np.full((12, 12), 40000, dtype=np.uint16))
+    data = datasets.Dataset.from_dict({"img": [deep], "label": [0]}, rows(0, 1).features)
+    with pytest.raises(ImageDecodeError, match=r"Image 0 .*: it has more than 8 bits a channel"):
+        image_dataset(data)
 
 
 def test_a_corrupt_image_is_named_by_its_index(tmp_path):

@@ -100,6 +100,35 @@ def test_a_recipe_trains_tests_saves_and_says_how_to_load(tmp_path, data, monkey
 
 
 @pytest.mark.slow
+def test_options_of_the_training_loader_leave_the_results_of_every_split_alone(
+    tmp_path, data, monkeypatch
+):
+    words = [*SMALL.split(), "--dataset", data, "--validation_fraction=0.25", "--eval_splits=train"]
+    words += ["--per_device_train_batch_size=8", "--epsilon=0", "--output_dir"]  # 15 whole batches
+    run_here(RECIPES / "train_cifar10.py", monkeypatch, *words, tmp_path / "plain")
+    loader = ["--dataloader_num_workers=1", "--dataloader_persistent_workers=true"]
+    loader += ["--dataloader_drop_last=true"]
+    run_here(RECIPES / "train_cifar10.py", monkeypatch, *words, tmp_path / "out", *loader)
+    plain, found = results(tmp_path / "plain"), results(tmp_path / "out")
+    metrics = [f"{split}_{name}" for split in ("eval", "test", "train") for name in ("nll", "ece")]
+    assert [found[name] for name in metrics] == [plain[name] for name in metrics]
+    assert len({found[name] for name in metrics}) == 6
+    saved = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    ended = next(log for log in logged if "total_flos" in log)
+    assert saved["train_loss"] == ended["train_loss"] and saved["train_nll"] == found["train_nll"]
+
+    again = [word for word in words if "eval_splits" not in word and "fraction" not in word]
+    run_here(RECIPES / "train_cifar10.py", monkeypatch, *again, tmp_path / "out", "--max_steps=1")
+    assert {name.partition("_")[0] for name in results(tmp_path / "out")} == {
+        "train",
+        "test",
+        "epoch",
+        "total",
+    }
+
+
+@pytest.mark.slow
 def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monkeypatch, capsys):
     """The ERM baseline, the flatness, further splits and pictures, each of a real run."""
     folder = tmp_path / "data"
@@ -427,6 +456,9 @@ BAD = {
     '--model_args={"features_only": true}': "change --model_args, raise --image_size",
     "--model=recipes": "--model recipes is a folder without a saved timm model",
     "--report_to=clearml": "requires 'clearml' to be installed",
+    "--prediction_loss_only=true": "--prediction_loss_only must be false: accuracy, NLL and ECE",
+    "--eval_do_concat_batches=false": "--eval_do_concat_batches must be true: accuracy, NLL",
+    "--batch_eval_metrics=true": "--batch_eval_metrics must be false: accuracy, NLL and ECE",
 }
 
 

@@ -142,6 +142,14 @@ def test_a_text_is_cut_off_where_the_encoder_ends(tmp_path, data, encoder):
     assert max(map(len, job.trainer.train_dataset["input_ids"])) == 7
 
 
+def test_a_text_is_cut_off_where_the_positions_end_if_the_tokenizer_does_not_say(tmp_path, encoder):
+    rows = texts().select(range(8)).map(lambda row: {"what": f"{row['what']} " * 100})
+    rows.to_json(tmp_path / "long.jsonl")
+    argv = arguments(str(tmp_path / "long.jsonl"), encoder, tmp_path / "out", "--max_length=1000")
+    job = TextJob(*parse(argv=argv))
+    assert max(map(len, job.trainer.train_dataset["input_ids"])) == 512
+
+
 def test_an_encoder_that_was_trained_for_several_labels_a_text_learns_one(tmp_path, data, encoder):
     folder = shutil.copytree(encoder, tmp_path / "toxic")
     config = AutoConfig.from_pretrained(folder, problem_type="multi_label_classification")
@@ -263,6 +271,14 @@ def test_one_of_several_configurations_is_chosen_by_name(tmp_path, encoder, caps
     with pytest.raises(SystemExit):
         main(argv=argv)
     assert "['first', 'second'], with --dataset_config" in capsys.readouterr().err
+
+
+def test_a_row_without_a_class_among_numbers_is_called_that(tmp_path, encoder, capsys):
+    lines = ["what,module", *(f"text {i},{'' if i == 3 else i % 2}" for i in range(8))]
+    (tmp_path / "some.csv").write_text("\n".join(lines))
+    with pytest.raises(SystemExit):
+        main(argv=arguments(str(tmp_path / "some.csv"), encoder, tmp_path / "out"))
+    assert "'module' has rows without a label: leave them out." in capsys.readouterr().err
 
 
 def test_numbers_with_fractions_are_no_classes(tmp_path, encoder, capsys):

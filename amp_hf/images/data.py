@@ -62,9 +62,7 @@ class ImageDataset(torch.utils.data.Dataset):
     ) -> None:
         self.numbers = range(len(rows)) if numbers is None else numbers
         check_labels(rows, label_column, self.numbers)
-        self.rows = rows.select_columns([image_column]).cast_column(
-            image_column, datasets.Image(mode="RGB")
-        )
+        self.rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image())
         self.labels = torch.tensor(rows[label_column][:])
         self.image_column = image_column
         self.geometry = geometry
@@ -113,7 +111,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _decode(self, index: int) -> Tensor:
         try:
-            return v2.functional.pil_to_tensor(self.geometry(self.rows[index][self.image_column]))
+            image = self.rows[index][self.image_column]
+            if image.mode.startswith(("I", "F")):  # which PIL would clip
+                raise ValueError("it has more than 8 bits a channel. Scale its values to 8 bits.")
+            return v2.functional.pil_to_tensor(self.geometry(image.convert("RGB")))
         except Exception as error:
             raise ImageDecodeError(
                 f"Image {self.numbers[index]} of column {self.image_column!r} cannot be decoded: "

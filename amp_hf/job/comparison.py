@@ -28,6 +28,7 @@ from ..pictures import (
 from ..record import results_of
 from ..trainer import AMPTrainer
 from .job import Job, last_checkpoint
+from .pushing import RecipeTrainer
 
 Sets = dict[str, Any]  # datasets, by the name that their metrics begin with
 
@@ -57,7 +58,7 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
     args.push_to_hub = False
     args.report_to = []  # the run of `trainer` is still open there
     erm = job.new_trainer(
-        AMPTrainer,
+        RecipeTrainer,
         job.new_model(args),
         args,
         AMPConfig(epsilon=0.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -101,12 +102,15 @@ def with_labels(
 def _with_classes(splits: datasets.DatasetDict, column: str) -> datasets.DatasetDict:
     """Makes a column of numbers or strings a `ClassLabel`, the same in all splits."""
     kind = next(iter(splits.values())).features[column].dtype
+    values = {value for split in splits.values() for value in split.unique(column)}
     if kind.startswith("float"):
+        numbers = {value for value in values if value is not None and not math.isnan(value)}
+        if numbers < values and all(value.is_integer() for value in numbers):
+            raise ValueError(f"Column {column!r} has rows without a label: leave them out.")
         raise ValueError(
             f"Column {column!r} holds numbers of type {kind}, which are no classes: name another "
             "one with --label_column."
         )
-    values = {value for split in splits.values() for value in split.unique(column)}
     names = sorted(values - {None, -1})  # which stand for "unlabeled"
     index = {value: i for i, value in enumerate(names)}
     splits = splits.map(lambda row: {column: index.get(row[column])})

@@ -50,6 +50,7 @@ class Job(ABC):
         self.arguments = arguments
         _check_writable(str(args.output_dir))
         _check_pictures(arguments)
+        _check_evaluation(args)
         args.resume_from_checkpoint = _find_checkpoint(args)
         self.rows = self._load_rows(args)
         model = self.new_model(args)
@@ -185,6 +186,19 @@ def _check_writable(folder: str) -> None:
 def _check_pictures(arguments: JobArguments) -> None:
     if (arguments.compare_erm or arguments.flatness) and find_spec("matplotlib") is None:
         raise ValueError("--compare_erm and --flatness draw pictures: pip install matplotlib.")
+
+
+def _check_evaluation(args: TrainingArguments) -> None:
+    for name, value in (
+        ("prediction_loss_only", False),
+        ("eval_do_concat_batches", True),
+        ("batch_eval_metrics", False),
+    ):
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"--{name} must be {str(value).lower()}: accuracy, NLL and ECE are computed from "
+                "all predictions together."
+            )
 
 
 def _find_checkpoint(args: TrainingArguments) -> str | None:

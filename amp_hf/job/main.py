@@ -64,7 +64,8 @@ def _train_and_evaluate(job: Job) -> dict[str, float]:
     evaluated: dict[str, Any] = dict(job.tests)
     if trainer.eval_dataset is not None:
         evaluated = {"eval": trainer.eval_dataset} | evaluated
-    results = _train(trainer) | _evaluate(trainer, evaluated)
+    results = _train_and_save(trainer)
+    _evaluate(trainer, evaluated, results)
     trainer.create_model_card()
     failure = None
     if (job.arguments.compare_erm or job.arguments.flatness) and _all_finite(results):
@@ -81,23 +82,33 @@ def _train_and_evaluate(job: Job) -> dict[str, float]:
     return results
 
 
-def _train(trainer: AMPTrainer) -> dict[str, float]:
-    result = trainer.train(trainer.args.resume_from_checkpoint)
+def _train_and_save(trainer: AMPTrainer) -> dict[str, float]:
+    metrics = trainer.train(trainer.args.resume_from_checkpoint).metrics
     trainer.save_model(_internal_call=True)  # pushed later, with all that its card will say
     trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    return dict(result.metrics)
+    trainer.log_metrics("train", metrics)
+    _save_metrics(trainer, "train", metrics, metrics)
+    return metrics
 
 
-def _evaluate(trainer: AMPTrainer, evaluated: dict[str, Any]) -> dict[str, float]:
-    results: dict[str, float] = {}
+def _evaluate(trainer: AMPTrainer, evaluated: dict[str, Any], results: dict[str, float]) -> None:
+    """Adds what it measures to `results`."""
+    training = dict(results)
     for name, dataset in evaluated.items():
         metrics = trainer.evaluate(dataset, metric_key_prefix=name)
         trainer.log_metrics(name, metrics)
-        trainer.save_metrics(name, metrics)
+        if name == "train":  # of which the training's own loss and time keep their names
+            metrics |= training
         results |= metrics
-    return results
+        _save_metrics(trainer, name, metrics, results)
+
+
+def _save_metrics(
+    trainer: AMPTrainer, name: str, metrics: dict[str, float], results: dict[str, float]
+) -> None:
+    """Not by `combined`, which would keep the results of an earlier run in the same folder."""
+    trainer.save_metrics(name, metrics, combined=False)
+    trainer.save_metrics("all", results, combined=False)
 
 
 def _measure_for_card(job: Job, evaluated: dict[str, Any]) -> Exception | None:

@@ -1,4 +1,4 @@
-"""Pushing to the Hub from a recipe: what must not get lost, and what must not get out."""
+"""The recipes' trainer: its evaluations leave nothing out, and its pushes lose and leak nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 
 from huggingface_hub import create_branch
 from huggingface_hub.errors import HfHubHTTPError
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import HubStrategy
 
 from ..config import AMP_CONFIG_NAME
+from ..preserve import temporarily
 from ..trainer import AMPTrainer
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,11 @@ class HubError(RuntimeError):
 
 
 class RecipeTrainer(AMPTrainer):
-    """An `AMPTrainer` whose pushes lose no model and leak no token.
+    """An `AMPTrainer` that evaluates whole sets, and whose pushes lose no model and leak no token.
+
+    `dataloader_drop_last` and `dataloader_persistent_workers` hold in training only. The Trainer
+    would drop the last batch of a test set, too, and with persistent workers take the dataloader of
+    the first set for all others.
 
     A push that fails raises a `HubError` of one line, after the model has been saved; one that
     fails in the background is a warning. A repository that cannot be created raises a `HubError`
@@ -43,6 +49,22 @@ class RecipeTrainer(AMPTrainer):
         super().__init__(*args, **kwargs)
         if self.args.hub_token is not None:
             self.args.hub_token = _Token(self.args.hub_token)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._whole_sets():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._whole_sets():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _whole_sets(self) -> Iterator[None]:
+        with (
+            temporarily(self.args, "dataloader_drop_last", False),
+            temporarily(self.args, "dataloader_persistent_workers", False),
+        ):
+            yield
 
     # The parents of transformers 5.19 and newer take `private`, too; here it is one of `kwargs`.
     def init_hf_repo(  # type: ignore[override]

@@ -6,6 +6,7 @@ line or from a YAML file. The file comes first, and arguments after it override 
 
 from __future__ import annotations
 
+import math
 import os
 from functools import partial
 from importlib.util import find_spec
@@ -102,7 +103,9 @@ class TextJob(Job):
         self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
     ) -> datasets.Dataset:
         label, tokenizer, columns = self.rows.label_column, self.tokenizer, self.text_columns
-        length = min(self.arguments.max_length, tokenizer.model_max_length)
+        # A tokenizer that was saved without its length says 10^30.
+        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        length = min(self.arguments.max_length, tokenizer.model_max_length, positions)
         check_labels(rows, label, rows[NUMBER])
 
         def encode(batch: dict[str, list]) -> Any:
