@@ -57,7 +57,7 @@ def drawn(n=4000, classes=5, seed=0):
     return logits, (logits + rng.gumbel(size=logits.shape)).argmax(1)
 
 
-@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("factor", [0.15, 0.4, 1.0, 3.0])
 def test_temperature_scaling_undoes_what_a_factor_has_done(factor):
     logits, labels = drawn()
     best = compute_metrics(EvalPrediction(logits, labels))
@@ -66,11 +66,20 @@ def test_temperature_scaling_undoes_what_a_factor_has_done(factor):
     assert scaled["ece"] < 0.03
 
 
+def test_each_half_holds_every_class_in_whatever_order_they_come():
+    logits, labels = drawn(classes=2)
+    order = np.stack([np.flatnonzero(labels == i)[:1500] for i in (0, 1)], axis=1).ravel()
+    logits, labels = logits[order], labels[order]  # 0, 1, 0, 1, ...
+    best = compute_metrics(EvalPrediction(logits, labels))
+    assert temperature_scaled(logits, labels)["nll"] == pytest.approx(best["nll"], abs=2e-3)
+
+
 def test_no_sample_chooses_its_own_temperature():
-    """The even ones are far too sure, the odd ones far too timid: each half spoils the other."""
+    """Half of each class is far too sure, half far too timid: each half spoils the other."""
     logits, labels = drawn()
-    logits[::2] *= 4
-    logits[1::2] /= 4
+    by_class = labels.argsort(kind="stable")
+    logits[by_class[::2]] *= 4
+    logits[by_class[1::2]] /= 4
     given = compute_metrics(EvalPrediction(logits, labels))
     assert temperature_scaled(logits, labels)["nll"] > given["nll"] + 1
 
