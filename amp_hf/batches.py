@@ -6,15 +6,16 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
 def first_samples(batch: Any, fraction: float) -> Any:
     """The first `fraction` of the samples (which come shuffled), and at least two: see BatchNorm.
 
-    Tensors have a row for each sample. Dictionaries and tuples hold parts of the batch, each with
-    all samples; so do lists outside of a dictionary, as of `(pixels, labels)`. A list in a
-    dictionary has an entry for each sample, as has a list of dictionaries and any of strings or
+    Tensors and arrays have a row for each sample. Dictionaries and tuples hold parts of the batch,
+    each with all samples; so do lists outside of a dictionary, as of `(pixels, labels)`. A list in
+    a dictionary has an entry for each sample, as has a list of dictionaries and any of strings or
     numbers. What is none of these, a scalar for example, is kept as it is.
 
     Raises:
@@ -48,7 +49,7 @@ def _number_of_samples(batch: Any, fraction: float) -> int:
 
 def _sizes(value: Any, named: bool = False) -> list[int] | None:
     """The numbers of samples that `value` may hold, the likeliest first. `None`: any."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray):
         return [len(value)] if value.ndim else None
     if isinstance(value, Mapping):
         return _common(_sizes(part, named=True) for part in value.values())
@@ -81,7 +82,7 @@ def _common(all_sizes: Iterable[list[int] | None]) -> list[int] | None:
 
 def _first(value: Any, samples: int, fraction: float, named: bool = False) -> Any:
     size = max(2, round(samples * fraction))
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray):
         return value[:size] if value.ndim else value
     if isinstance(value, Mapping):
         part: Any = copy.copy(value)  # a `BatchEncoding`, say, stays one
@@ -97,7 +98,7 @@ def _first(value: Any, samples: int, fraction: float, named: bool = False) -> An
 
 
 def _lengths(value: Any) -> Iterator[int]:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray):
         yield from [len(value)] if value.ndim else []
     elif isinstance(value, Mapping):
         for part in value.values():

@@ -107,9 +107,10 @@ class LossSurface(LossFunction):
         loss, worst, delta = clean, clean, [torch.zeros_like(param) for param in theta]
         try:
             for step in range(1, steps + 1):
-                if math.isnan(loss):
+                length = norm(gradient)
+                if math.isnan(loss) or math.isnan(length):
                     return math.nan, delta
-                if not (length := norm(gradient)):
+                if not length:
                     gradient = self.gaussian(self.generator())
                     length = norm(gradient)
                 perturbation.ascend(JointTensors.copy_of(gradient), radius / length)

@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from support import always, differing, digits, make, train, trainer_for, weights
@@ -22,6 +23,8 @@ def images(count):
 
 
 def same_tree(a, b):
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and np.array_equal(a, b)
     if torch.is_tensor(a):
         return torch.is_tensor(b) and torch.equal(a, b)
     if type(a) is not type(b):
@@ -44,6 +47,7 @@ HOLDING_PARTS = {
     "a dict": lambda n: {"pixels": rows(n, 4), "temperature": torch.tensor(2.0), "none": None},
     "an encoding": lambda n: BatchEncoding({"input_ids": rows(n, 7)}),
     "names": lambda n: {"x": rows(n, 4), "names": [str(i) for i in range(n)]},
+    "an array": lambda n: {"x": rows(n, 4), "ids": rows(n, 2).numpy()},
     "layers of pairs": lambda n: {"x": rows(n), "past": ((rows(n, 2), rows(n, 2)),) * 12},
 }
 HOLDING_SAMPLES = {

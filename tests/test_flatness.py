@@ -189,6 +189,16 @@ def test_a_loss_that_is_nan_is_no_flat_one(steps):
     assert math.isnan(surface.random_rise(0.1, 2).mean)
 
 
+def test_a_gradient_that_is_nan_tells_of_no_flat_loss():
+    class Kink(nn.Linear):
+        def forward(self, x):
+            return {"loss": (0 * self.weight).square().sum().sqrt() + super().forward(x).mean()}
+
+    surface = LossSurface(Kink(4, 1), [{"x": torch.ones(2, 4)}], progress=False)
+    assert math.isfinite(surface.loss())
+    assert math.isnan(surface.worst_case_rise(0.1))
+
+
 def test_the_worst_case_is_never_below_the_loss_itself():
     """All around a maximum the loss falls."""
     surface = quadratic_surface([-1.0] * 6)
