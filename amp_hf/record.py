@@ -112,6 +112,10 @@ def _arguments(trainer: Trainer) -> dict[str, Any]:
     arguments.pop("mixed_precision_training", None)  # it says "Native AMP", of all names
     optimizer = OptimizerNames(args.optim).value
     arguments["optimizer"] = f"{optimizer} {args.optim_args or ''}".strip()
+    for name in ("train_batch_size", "total_train_batch_size"):
+        if name in arguments and (found := trainer.state.train_batch_size):
+            # What `auto_find_batch_size` came to.
+            arguments[name] = arguments[name] * found // args.train_batch_size
     names = ["weight_decay", "max_grad_norm"]
     if "adam" in optimizer:
         names += ["adam_beta1", "adam_beta2", "adam_epsilon"]

@@ -1,4 +1,6 @@
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -34,8 +36,10 @@ from amp_hf.images.arguments import ImageArguments, parse
 from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import preprocessing
 from amp_hf.images.classification import ImageJob, main
+from amp_hf.job import comparison
 from amp_hf.job import job as amp_job
 from amp_hf.job.data import NUMBER
+from amp_hf.record import TrainingRecord
 from amp_hf.text.arguments import TextArguments
 
 GTSRB = RECIPES.parents[1] / "shared" / "data" / "gtsrb"
@@ -118,6 +122,7 @@ def test_options_of_the_training_loader_leave_the_results_of_every_split_alone(
     ended = next(log for log in logged if "total_flos" in log)
     assert saved["train_loss"] == ended["train_loss"] and saved["train_nll"] == found["train_nll"]
 
+    (tmp_path / "out" / "_erm" / "checkpoint-9").mkdir(parents=True)  # of an earlier run
     again = [word for word in words if "eval_splits" not in word and "fraction" not in word]
     run_here(RECIPES / "train_cifar10.py", monkeypatch, *again, tmp_path / "out", "--max_steps=1")
     assert {name.partition("_")[0] for name in results(tmp_path / "out")} == {
@@ -126,6 +131,36 @@ def test_options_of_the_training_loader_leave_the_results_of_every_split_alone(
         "epoch",
         "total",
     }
+    assert not (tmp_path / "out" / "_erm").exists()
+
+
+def test_a_split_that_would_pass_for_the_validation_is_refused(tmp_path, capsys):
+    folder = tmp_path / "set"
+    parquet_folder(folder)
+    rows(240, 280).to_parquet(folder / "data" / "eval-00000-of-00001.parquet")
+    argv = ["--dataset", str(folder), "--output_dir", str(tmp_path / "out")]
+    argv += ["--validation_fraction=0.25", "--eval_splits=eval"]
+    assert "--eval_splits: a split 'eval' would take the place" in failure(capsys, *argv)[1]
+
+
+@pytest.mark.slow
+def test_the_baseline_has_the_batch_size_that_the_training_came_to(tmp_path, data):
+    words = [*SMALL.split(), "--dataset", data, "--output_dir", str(tmp_path)]
+    job = ImageJob(*parse({}, {}, None, [*words, "--auto_find_batch_size=true"]))
+    trainer = job.trainer
+    calls = itertools.count()
+
+    def run_out_of_memory(*_):
+        if next(calls) == 0:
+            raise RuntimeError("CUDA out of memory.")
+
+    with trainer.model.register_forward_pre_hook(run_out_of_memory):
+        trainer.train()
+    found = trainer.state.train_batch_size
+    assert found < trainer.args.train_batch_size
+    erm = comparison.train_baseline(job, {})
+    assert erm.state.max_steps == trainer.state.max_steps == 2 * math.ceil(160 / found)
+    assert TrainingRecord.of(trainer, trainer.amp_config).arguments["train_batch_size"] == found
 
 
 @pytest.mark.slow
@@ -156,7 +191,8 @@ def test_a_recipe_proves_on_the_card_what_the_perturbation_gained(tmp_path, monk
         }
     assert card.text.count(".png)") == 3
     assert card.data.pipeline_tag == "image-classification"
-    assert (card.data.license, card.data.datasets) == ("mit", ["data"])
+    assert (card.data.license, card.data.datasets) == ("mit", None)  # a folder is no Hub id
+    assert "trained on `data (local)` with Adversarial Model Perturbation" in card.text
     assert str(tmp_path) not in str(card.data.to_dict())
     by_split = {result.dataset_split for result in card.data.eval_results}
     assert by_split == {"test", "contrast"}

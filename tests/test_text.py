@@ -15,10 +15,13 @@ from support import differing
 from texts import MODULES, csv_folder, save_encoder, texts
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DistilBertConfig,
     DistilBertModel,
+    RobertaConfig,
+    XLNetConfig,
     pipeline,
     set_seed,
 )
@@ -148,6 +151,17 @@ def test_a_text_is_cut_off_where_the_positions_end_if_the_tokenizer_does_not_say
     argv = arguments(str(tmp_path / "long.jsonl"), encoder, tmp_path / "out", "--max_length=1000")
     job = TextJob(*parse(argv=argv))
     assert max(map(len, job.trainer.train_dataset["input_ids"])) == 512
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    roberta = RobertaConfig(vocab_size=500, max_position_embeddings=40, pad_token_id=0, **sizes)
+    xlnet = XLNetConfig(vocab_size=500, d_model=32, n_layer=1, n_head=2, d_inner=64)
+    for config, length in ((roberta, 39), (xlnet, 1000)):  # whose positions have no end
+        folder = shutil.copytree(encoder, tmp_path / config.model_type)
+        AutoModel.from_config(config).save_pretrained(folder)
+        job = TextJob(*parse(argv=[*argv, f"--model={folder}"]))
+        assert max(map(len, job.trainer.train_dataset["input_ids"])) == length
+    job = TextJob(*parse(argv=[*argv, f"--model={tmp_path / 'roberta'}"]))
+    assert math.isfinite(job.trainer.train().training_loss)
 
 
 def test_an_encoder_that_was_trained_for_several_labels_a_text_learns_one(tmp_path, data, encoder):

@@ -1,6 +1,7 @@
 """The bar of the recipes: when the training will end."""
 
 import re
+import sys
 
 import pytest
 
@@ -44,6 +45,11 @@ def test_steps_that_the_rule_left_plain_count_as_they_were():
     clock = Clock(AMPConfig(), total=100)
     assert clock.left(60, ascents=0, seconds=60) == "01:20"  # if all others are perturbed
     assert clock.left(20, ascents=10, seconds=30) == "00:40"
+
+
+def test_a_training_without_an_end_has_no_time_left():
+    clock = Clock(AMPConfig(epsilon=0), total=sys.maxsize)
+    assert clock.left(10, ascents=0, seconds=10) == "?"
 
 
 def test_steps_of_an_earlier_run_took_no_time_of_this_one():

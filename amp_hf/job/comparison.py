@@ -27,7 +27,7 @@ from ..pictures import (
 )
 from ..record import results_of
 from ..trainer import AMPTrainer
-from .job import Job, last_checkpoint
+from .job import Job, baseline_folder, last_checkpoint
 from .pushing import RecipeTrainer
 
 Sets = dict[str, Any]  # datasets, by the name that their metrics begin with
@@ -48,13 +48,12 @@ def measure_for_card(job: Job, evaluated: Sets) -> None:
 
 
 def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
-    """Trains, saves and evaluates the ERM baseline: the same training without perturbation.
-
-    Its folder, `_erm`, is never pushed: pushes leave out what begins with an underscore.
-    """
+    """Trains, saves and evaluates the ERM baseline: the same training without perturbation."""
     trainer = job.trainer
     args = copy.copy(trainer.args)
-    args.output_dir = folder = os.path.join(str(args.output_dir), "_erm")
+    args.output_dir = folder = baseline_folder(trainer.args)
+    # `auto_find_batch_size` may have halved it: an ascent takes more memory.
+    args.per_device_train_batch_size = trainer.state.train_batch_size or args.train_batch_size
     args.push_to_hub = False
     args.report_to = []  # the run of `trainer` is still open there
     erm = job.new_trainer(

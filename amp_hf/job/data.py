@@ -162,6 +162,11 @@ def choose_rows(
         for name, rows in splits.items()
     }
     train, validation = numbered["train"], numbered.get("validation")
+    if "eval" in arguments.eval_splits and (validation or arguments.validation_fraction):
+        raise ValueError(
+            "--eval_splits: a split 'eval' would take the place of the validation results, which "
+            "are called that. Give it another name."
+        )
     if arguments.validation_fraction:
         numbers, fraction = groups(train, label_column), arguments.validation_fraction
         if numbers is None:

@@ -157,11 +157,16 @@ class Job(ABC):
         name = self.arguments.dataset
         base_model, license = self.origin()
         return CardDetails(
-            # A folder's name alone: its path is of no use to anyone else.
-            dataset=os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name,
+            # A local path is of no use to others, and its name alone might be a Hub id.
+            dataset=f"{Path(name).absolute().name} (local)" if os.path.exists(name) else name,
             base_model=base_model,
             license=self.arguments.license or license,
         )
+
+
+def baseline_folder(args: TrainingArguments) -> str:
+    """The ERM baseline's. It is never pushed: pushes leave out what begins with an underscore."""
+    return os.path.join(str(args.output_dir), "_erm")
 
 
 def last_checkpoint(folder: str) -> str | None:

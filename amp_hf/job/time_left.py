@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from ..config import AMPConfig
 from ..progress import Progress
 from ..radius import START
 from ..trainer import AMPTrainer
+
+_ENDLESS = 1e8  # seconds: `max_steps` may stand for a training that is to be stopped by hand
 
 
 class TimeLeftBar(tqdm):
@@ -47,11 +50,11 @@ class TimeLeftBar(tqdm):
         shown = super().format_dict
         # In forward and backward passes of a whole batch.
         done = self.n - self.initial + self._cost * (self._ascents() - self._ascents_before)
-        if not done:
-            return shown | {"left": "?", "end": ""}
         ascents = self._share * (self.total - max(self.n, self._first_ascent))
         left = self.total - self.n + self._cost * max(0.0, ascents)
-        seconds = shown["elapsed"] / done * left
+        seconds = shown["elapsed"] / done * left if done else math.inf
+        if seconds > _ENDLESS:
+            return shown | {"left": "?", "end": ""}
         day = "%H:%M" if seconds < 12 * 3600 else "%a %H:%M"
         end = time.strftime(day, time.localtime(time.time() + seconds))
         return shown | {"left": self.format_interval(seconds), "end": f", ends {end}"}

@@ -103,9 +103,7 @@ class TextJob(Job):
         self, name: str, rows: datasets.Dataset, args: TrainingArguments, model: Any
     ) -> datasets.Dataset:
         label, tokenizer, columns = self.rows.label_column, self.tokenizer, self.text_columns
-        # A tokenizer that was saved without its length says 10^30.
-        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-        length = min(self.arguments.max_length, tokenizer.model_max_length, positions)
+        length = min(self.arguments.max_length, tokenizer.model_max_length, _positions(model))
         check_labels(rows, label, rows[NUMBER])
 
         def encode(batch: dict[str, list]) -> Any:
@@ -160,6 +158,16 @@ class TextJob(Job):
             f"tokenizer = AutoTokenizer.from_pretrained({folder})\n"
             'classify = pipeline("text-classification", model=model, tokenizer=tokenizer)'
         )
+
+
+def _positions(model: nn.Module) -> float:
+    """How many tokens have a position, which a tokenizer may have been saved without."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # Those of RoBERTa and its relatives begin behind the one for padding.
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - before
+    return math.inf
 
 
 def _new_modules(model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
