@@ -32,7 +32,7 @@ class CardDetails:
     """What only the script knows: fill in `trainer.card_details`.
 
     Args:
-        dataset: Hub id of the training set, or its name if it is not on the Hub.
+        dataset: Hub id of the training set, or its name if it is not on the Hub; or several.
         base_model: Hub id of the weights that training began with; `None` for none.
         license: one of the Hub's identifiers.
         baseline: results of the ERM baseline: the same training without perturbation.
@@ -44,7 +44,7 @@ class CardDetails:
             arguments of `from_pretrained` as Python writes them.
     """
 
-    dataset: str | None = None
+    dataset: str | list[str] | None = None
     base_model: str | None = None
     license: str | None = None
     baseline: Results | None = None
@@ -122,7 +122,7 @@ def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:
     if record.is_perturbed:
         tags.append("adversarial-model-perturbation")
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
-    name = details.dataset or ", ".join(_listed(data.datasets)) or "unknown"
+    name = ", ".join(_listed(details.dataset or data.datasets)) or "unknown"
     data.model_name = record.name
     data.eval_results = [
         EvalResult(

@@ -166,8 +166,8 @@ class AMPTrainerMixin(_Parent):
             known = {name: kwargs.get(name) for name in ("model_name", "tasks")}
             record = TrainingRecord.of(self, self.amp_config, **known)
             details = self.card_details
-            if details.dataset is None and isinstance(dataset := kwargs.get("dataset"), str):
-                details = dataclasses.replace(details, dataset=dataset)
+            if details.dataset is None:
+                details = dataclasses.replace(details, dataset=kwargs.get("dataset"))
             write(path, record, details)
 
     def hyperparameter_search(

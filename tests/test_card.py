@@ -297,6 +297,15 @@ def test_only_what_can_be_on_the_hub_is_named_as_a_dataset(tmp_path, dataset, li
     assert dataset in card.text
 
 
+@pytest.mark.parametrize("dataset", ["a/b", ["a/b", "c/d"]])
+def test_the_datasets_that_create_model_card_is_told_of_are_named(tmp_path, dataset):
+    card = card_of(trained(tmp_path), dataset=dataset)
+    names = [dataset] if isinstance(dataset, str) else dataset
+    assert card.data.datasets == names
+    assert card.data.eval_results[0].dataset_name == ", ".join(names)
+    assert all(name in card.text for name in names)
+
+
 def test_a_license_that_the_hub_does_not_list_is_named_beside_other(tmp_path):
     trainer = trained(tmp_path)
     trainer.card_details.license = "dinov3-license"
