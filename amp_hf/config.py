@@ -23,10 +23,10 @@ AMP_CONFIG_NAME = "amp_config.json"  # beside every model that is saved
 class AMPConfig:
     """How a model is perturbed: Algorithm 1 of Zheng et al., CVPR 2021 (arXiv 2010.04925).
 
-    `AMPConfig()` sets its radius by itself (`amp_hf.radius`). On the small schedules of
-    recipes/measurements/README.md, the four that overfit most gained 0.09 to 0.44 nats of the
-    negative log-likelihood and up to 6.3 points of accuracy; small transformers lost up to 0.6 ±
-    1.1 points. With `epsilon=x` the radius is x, as published; search for the best one.
+    `AMPConfig()` sets its radius by itself (`amp_hf.radius`). In recipes/measurements/README.md,
+    networks that train from scratch on few photographs gained 0.09 to 0.55 nats of the negative
+    log-likelihood and up to 6.3 points of accuracy; small transformers lost up to 0.6 ± 1.1 points.
+    With `epsilon=x` the radius is x, as published; search for the best one.
 
     Every field is checked on construction; a bad one raises `ValueError` naming the field and what
     it accepts. `transformers.HfArgumentParser` can parse the dataclass, and it comes back from JSON

@@ -1,6 +1,6 @@
 """Searches for ε with Optuna, by the likelihood of a held-out fifth of the training set.
 
-    python recipes/search_epsilon.py --model resnet18 --from_scratch --trials 12
+    python recipes/search_epsilon.py --model resnet18 --from_scratch --augment objects --trials 12
     python recipes/search_epsilon.py --lowest 0.1 --highest 2 --budget 1.15 --dataset path/to/folder
 
 Further arguments are those of train_cifar10.py; for GTSRB, add `--dataset tanganke/gtsrb --augment
