@@ -162,10 +162,11 @@ def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
     path = os.path.join(options.output_dir, "all_results.json")
     with open(path, "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
-    reloaded = AutoModelForImageClassification.from_pretrained(folder).eval()
-    images = torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE)
+    device = trainer.args.device
+    reloaded = AutoModelForImageClassification.from_pretrained(folder).eval().to(device)
+    images = torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     with torch.no_grad():
-        same = torch.allclose(reloaded(images).logits, trainer.model.cpu().eval()(images).logits)
+        same = torch.allclose(reloaded(images).logits, trainer.model.eval()(images).logits)
     print(f"\nSaved {folder} (the last seed's AMP model) and {path}. It loads without amp_hf:")
     print(f"    AutoModelForImageClassification.from_pretrained({folder!r})")
     print(f"Reloaded, it predicts the same: {same}")
