@@ -14,7 +14,6 @@ from transformers.modelcard import (
     extract_hyperparameters_from_trainer,
     parse_log_history,
 )
-from transformers.training_args import OptimizerNames
 
 from .config import AMP_CONFIG_NAME, AMPConfig
 from .progress import Progress
@@ -110,17 +109,29 @@ def _arguments(trainer: Trainer) -> dict[str, Any]:
     args = trainer.args
     arguments = extract_hyperparameters_from_trainer(trainer)
     arguments.pop("mixed_precision_training", None)  # it says "Native AMP", of all names
-    optimizer = OptimizerNames(args.optim).value
-    arguments["optimizer"] = f"{optimizer} {args.optim_args or ''}".strip()
     for name in ("train_batch_size", "total_train_batch_size"):
         if name in arguments and (found := trainer.state.train_batch_size):
             # What `auto_find_batch_size` came to.
             arguments[name] = arguments[name] * found // args.train_batch_size
-    names = ["weight_decay", "max_grad_norm"]
-    if "adam" in optimizer:
-        names += ["adam_beta1", "adam_beta2", "adam_epsilon"]
-    arguments |= {name: getattr(args, name) for name in names}
+    arguments |= _optimizer(trainer) | {"max_grad_norm": args.max_grad_norm}
     return arguments | {name: True for name in ("bf16", "fp16") if getattr(args, name)}
+
+
+def _optimizer(trainer: Any) -> dict[str, Any]:
+    """Of its first group: `TrainingArguments` knows nothing of one that the script has made."""
+    made = trainer.optimizer
+    while hasattr(made, "optimizer"):  # in wrappers of Accelerate and DeepSpeed
+        made = made.optimizer
+    if made is None:
+        return {}
+    first = made.param_groups[0]
+    found = {"learning_rate": first.get("initial_lr", first["lr"])}  # before the scheduler
+    if "weight_decay" in first:
+        found["weight_decay"] = first["weight_decay"]
+    others = first.keys() - {"params", "param_names", "lr", "initial_lr", "weight_decay"}
+    shown = ", ".join(f"{name}={first[name]}" for name in sorted(others) if first[name])
+    name = type(made).__name__
+    return found | {"optimizer": f"{name}({shown})" if shown else name}
 
 
 def _seconds(trainer: Any) -> float | None:
@@ -172,8 +183,12 @@ def _ends_training(log: dict[str, Any]) -> bool:
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
-    """Says so where a run that should have been perturbed was not."""
+def warn_if_never_perturbed(config: AMPConfig, state: TrainerState, took_steps: bool) -> None:
+    """Says so where a run that should have been perturbed was not.
+
+    Args:
+        took_steps: whether AMP took the steps of this run, plain or perturbed.
+    """
     if config.epsilon == 0 or Progress.of(state).first is not None:
         return
     steps = range(state.global_step)
@@ -183,7 +198,7 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState) -> None:
             f"perturbed one: AMPConfig.ascent_start={config.ascent_start:g}. Where it may end "
             "early, use a smaller one."
         )
-    elif config.epsilon is not None:
+    elif config.epsilon is not None or not took_steps:
         logger.warning(
             "No step was perturbed: those that AMPConfig chooses were taken before this run was "
             "resumed, or a subclass overrides training_step and does not call "
@@ -202,6 +217,6 @@ def warn_of_changes(config: AMPConfig, checkpoint: str) -> None:
     path = os.path.join(checkpoint, AMP_CONFIG_NAME)
     if os.path.isfile(path) and (changes := config.changes_since(path)):
         logger.warning(
-            f"Resuming {checkpoint} with a different AMPConfig than it was trained with: "
+            f"Resuming {checkpoint} with another AMPConfig than at its last step: "
             f"{'; '.join(changes)}."
         )

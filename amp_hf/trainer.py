@@ -97,7 +97,8 @@ class AMPTrainerMixin(_Parent):
         finally:
             self._amp_step.end_run()
             ShowConfig.end(self.args)
-        warn_if_never_perturbed(self.amp_config, self.state)
+        took_steps = self._amp_step.run.state is self.state
+        warn_if_never_perturbed(self.amp_config, self.state, took_steps)
         return result
 
     def get_batch_samples(
@@ -134,13 +135,15 @@ class AMPTrainerMixin(_Parent):
 
         `amp_config.json` lies beside the weights, once they are written.
         """
+        pushes = self.args.push_to_hub and not _internal_call
         with self._amp_step.at_theta():
-            super().save_model(output_dir, _internal_call=True)  # without the push at its end
+            # Without the parent's push, which comes below, with the file.
+            super().save_model(output_dir, _internal_call or pushes)
         if self.args.should_save:
             folder = str(output_dir or self.args.output_dir)
             os.makedirs(folder, exist_ok=True)
             self.amp_config.to_json_file(os.path.join(folder, AMP_CONFIG_NAME))
-        if self.args.push_to_hub and not _internal_call:
+        if pushes:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

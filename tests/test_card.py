@@ -67,7 +67,7 @@ def test_the_card_says_how_the_model_was_trained_and_what_came_of_it(tmp_path):
     assert text.strip().startswith("# flat-digits\n")
     assert "Adversarial Model Perturbation (AMP; nothing to do with mixed precision)" in text
     assert "| `epsilon` | `0.25` |" in text and "| `learning_rate` | `0.1` |" in text
-    assert "| `optimizer` | `sgd` |" in text
+    assert "| `optimizer` | `SGD` |" in text
     cost = (
         "2 of 8 steps had an ascent, a further forward and backward pass. ‖Δ‖₂ was 0.25 on average."
     )
@@ -295,6 +295,21 @@ def test_only_what_can_be_on_the_hub_is_named_as_a_dataset(tmp_path, dataset, li
     assert card.data.datasets == listed
     assert card.data.eval_results[0].dataset_name == dataset
     assert dataset in card.text
+
+
+def test_an_optimizer_of_the_scripts_own_is_the_one_on_the_card(tmp_path):
+    model = make(MLP)
+    own = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01)
+    trainer = trainer_for(model, tmp_path, trainer={"optimizers": (own, None)})
+    trainer.train()
+    text = card_of(trainer).text
+    for row in (
+        "optimizer` | `SGD(momentum=0.9)",
+        "learning_rate` | `0.3",
+        "weight_decay` | `0.01",
+    ):
+        assert f"| `{row}` |" in text
+    assert "adam" not in text
 
 
 @pytest.mark.parametrize("dataset", ["a/b", ["a/b", "c/d"]])

@@ -45,6 +45,19 @@ def test_a_parents_private_attributes_are_its_own(tmp_path):
     assert outcome(perturbed) == outcome(plain)
 
 
+class Bypassing(AMPTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("config", [AMPConfig(), AMPConfig(epsilon=0.1)])
+def test_a_training_step_that_never_comes_to_amp_is_said_to(tmp_path, config, caplog):
+    train(make(), tmp_path, config, cls=Bypassing)
+    assert "a subclass overrides training_step and does not call super()" in caplog.text
+
+
 class NoTrainer:
     """As SetFit's Trainer: it has one, and is none."""
 
