@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def first_samples(batch: Any, fraction: float) -> Any:
-    """The first `fraction` of the samples (which come shuffled), and at least two: see BatchNorm.
+    """The first `fraction` of the samples, and at least two, which BatchNorm needs.
 
     Tensors and arrays have a row for each sample. Dictionaries and tuples hold parts of the batch,
     each with all samples; so do lists outside of a dictionary, as of `(pixels, labels)`. A list in

@@ -41,9 +41,23 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Paramet
     return {name: param for param, name in names.items()}
 
 
-def check_perturbable(model: nn.Module, perturb: str) -> None:
-    """Raises `ValueError` if `perturb` names no trainable parameter, or one that would go wrong."""
+def has_trainable(model: nn.Module) -> bool:
+    return any(param.requires_grad for param in model.parameters())
+
+
+def check_perturbable(model: nn.Module, perturb: str, is_final: bool = True) -> None:
+    """Raises `ValueError` if `perturb` names no trainable parameter, or one that would go wrong.
+
+    Args:
+        is_final: whether the parameters have the types and devices that they train with.
+    """
     params = perturbed_parameters(model, perturb)
+    if not has_trainable(model):
+        raise ValueError(
+            f"AMPConfig.perturb={perturb!r} matches no trainable parameter of "
+            f"{type(model).__name__}, all of which are frozen: unfreeze some (those of a PEFT "
+            "adapter by is_trainable=True)."
+        )
     if not params:
         names = ", ".join(name for name, _ in itertools.islice(model.named_parameters(), 3))
         raise ValueError(
@@ -58,14 +72,14 @@ def check_perturbable(model: nn.Module, perturb: str) -> None:
                 "real and imaginary parts as a real parameter (torch.view_as_real), or leave it "
                 "out by AMPConfig.perturb."
             )
-        if param.dtype not in (torch.float32, torch.float64):
+        if is_final and param.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"Parameter {name} is {param.dtype}, in which a perturbation would round away: "
                 "load the model with dtype=torch.float32 and set bf16=True or fp16=True in "
                 "TrainingArguments, which computes in half precision over float32 parameters."
             )
     devices = {str(param.device): name for name, param in params.items()}
-    if len(devices) > 1:
+    if is_final and len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ValueError(
             f"The perturbed parameters lie on several devices ({where}): load the model without a "

@@ -113,7 +113,7 @@ def run(folder, cut=None, refused=False, raises=None, **case):
     Args:
         cut: the run is stopped after so many steps, and resumed by another trainer from the
             checkpoint saved there.
-        refused: what the constructor's refusal says, instead.
+        refused: what the refusal says, instead, by the constructor or in the first step.
         raises: the pass ("forward" or "backward") that raises at θ + Δ in the second step; returns
             the weights and the evaluation's loss, before that step and after.
     """
@@ -121,7 +121,7 @@ def run(folder, cut=None, refused=False, raises=None, **case):
         return before_and_after(trainer_of(folder, eval_dataset=True, **case), raises)
     if refused:
         try:
-            trainer_of(folder, **case)
+            trainer_of(folder, **case).train()
         except ValueError as error:
             return str(error)
         raise AssertionError("was not refused")
@@ -211,6 +211,7 @@ def trainer_of(
     own_loss="",
     eval_dataset=False,
     begins=None,
+    half_weights=False,
     **kwargs,
 ):
     network, layer = NETS[net]
@@ -223,8 +224,12 @@ def trainer_of(
         defaults |= {"fsdp": True, "fsdp_config": fsdp}
     elif engine.startswith("zero"):
         defaults |= {"deepspeed": deepspeed_config(int(engine[-1]), **(deepspeed or {}))}
+    model = make(network, dtype=dtype)
+    if half_weights:  # as many a checkpoint has them
+        model = model.bfloat16()
+        model = model if engine == "fsdp2" else model.float()
     trainer = trainer_for(
-        make(network, dtype=dtype),
+        model,
         folder,
         always(**{"epsilon": 0.05} | (config or {})),
         cls=TRAINERS[own_loss],

@@ -94,6 +94,7 @@ OF_ENGINE = {
         "own loss": OWN_LOSS | dict(own_loss="divided", config={"epsilon": None}),
         "kept gathered after forward": dict(fsdp={"reshard_after_forward": False}),
         "bf16": dict(bf16=True, gradient_accumulation_steps=2),
+        "bf16, weights too": dict(bf16=True, half_weights=True),
         "scaled": dict(loss_scale=1024.0, gradient_accumulation_steps=2),
     },
     "zero1": {
@@ -127,6 +128,7 @@ OF_ENGINE = {
 REFUSED = {
     "fsdp2": {
         "micro_batch": (dict(config={"scope": "micro_batch"}), "over all ranks, and they share"),
+        "half precision": (dict(half_weights=True), "load the model with dtype=torch.float32"),
     },
     "zero2": {
         "no ZeRO": (dict(deepspeed={"zero_optimization": {"stage": 0}}), "DeepSpeed without ZeRO"),

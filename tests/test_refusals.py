@@ -19,6 +19,7 @@ from support import (
     weights,
 )
 from torch import nn
+from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.checks import check_engine
@@ -56,7 +57,12 @@ def sparse_model():
             r"'all', 'norm' or an expression that matches",
         ),
         (MLP, dict(perturb="norm"), {}, r"AMPConfig\.perturb='norm' matches no trainable"),
-        (lambda: MLP().requires_grad_(False), {}, {}, r"'all' matches no trainable parameter"),
+        (
+            lambda: MLP().requires_grad_(False),
+            {},
+            {},
+            r"MLP, all of which are frozen: unfreeze some",
+        ),
         *(
             (MLP, {}, dict(optim=optim), rf"cannot use optim='{optim}'.*Choose an optimizer that")
             for optim in (
@@ -78,6 +84,15 @@ def test_what_amp_would_be_wrong_with_is_refused_in_one_line_that_says_what_to_d
         trainer_for(model(), tmp_path, always(**config), data=digits(), **kwargs)
     assert "\n" not in str(caught.value)
     trainer_for(model(), tmp_path, always(epsilon=0), data=digits(), **kwargs)  # that is stock
+
+
+def test_a_frozen_model_can_be_evaluated(tmp_path):
+    model = make().requires_grad_(False)
+    ours, stock = (
+        cls(model=model, args=arguments(tmp_path), eval_dataset=digits()[:8])
+        for cls in (AMPTrainer, Trainer)
+    )
+    assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
 
 
 @pytest.mark.parametrize(
