@@ -409,9 +409,9 @@ def test_the_tables_of_the_comparison_are_those_of_its_results():
         assert table(found) in text
     on_a_gpu = saved_runs(erm_comparison, machine="_gpu")
     assert erm_comparison.recipes_table(on_a_gpu) in text
-    for key in erm_comparison.COMPARED:
+    for key, tried in erm_comparison.TRIED.items():
         accuracy = {
             epsilon: found.values(key, erm_settings.held_out(epsilon), "accuracy")[0]
-            for epsilon in erm_comparison.TRIED[key]
+            for epsilon in tried
         }
         assert erm_comparison.SETTINGS[key].epsilon == max(accuracy, key=accuracy.get)

@@ -80,7 +80,11 @@ FIVE = THREE + MORE
 TABLES = {
     "choice": ([0], [(key, held_out(epsilon)) for key in TRIED for epsilon in TRIED[key]]),
     "results": (FIVE, [(key, name) for name in RESULTS for key in COMPARED]),
-    "defaults": (FIVE, [(key, name) for name in ("ERM", *WITHOUT_TUNING) for key in EVERYWHERE]),
+    "defaults": (
+        FIVE,
+        [(key, name) for name in ("ERM", *WITHOUT_TUNING) for key in EVERYWHERE]
+        + [(key, "AMP") for key in EVERYWHERE if key in TRIED],
+    ),
     "others": (THREE, [(key, name) for name in ALTERNATIVES for key in SMALL_SETTINGS]),
     "doses": (FIVE, [(key, name) for name in ("ERM", "AMP()", *DOSES) for key in DOSED]),
     "recipes": (THREE, [(key, name) for name in RECIPE_ROWS for key in AS_RECIPES]),
@@ -107,7 +111,7 @@ def choice_table(runs: Runs) -> str:
         f"| | {' | '.join(f'ε {epsilon:g}' for epsilon in values)} |",
         "|---" * (1 + len(values)) + "|",
     ]
-    for key in COMPARED:
+    for key in TRIED:
         cells = []
         for epsilon in values:
             found = [runs.values(key, held_out(epsilon), column) for column in ("accuracy", "nll")]
@@ -121,7 +125,7 @@ def choice_table(runs: Runs) -> str:
 
 def defaults_table(runs: Runs) -> str:
     """ERM, and the others' differences to ERM with the same seed: accuracy in points, NLL, ECE."""
-    return _differences(runs, EVERYWHERE, WITHOUT_TUNING)
+    return _differences(runs, EVERYWHERE, (*WITHOUT_TUNING, "AMP"))
 
 
 def doses_table(runs: Runs) -> str:
@@ -177,8 +181,11 @@ def _difference(runs: Runs, key: str, name: str) -> str:
             scaled = [factor * value for value in values.values()]
             parts.append(mean_and_spread(scaled, digits, sign="" if name == "ERM" else "+"))
             n = len(values)
-    text = "<br>".join(parts).replace("-", "−")
-    return f"{text}<br>n = {n}" if n not in (0, len(FIVE)) else text
+    if parts and runs.rows[name].chosen_epsilon:
+        parts.append(f"ε {runs.settings[key].epsilon:g}")
+    if n not in (0, len(FIVE)):
+        parts.append(f"n = {n}")
+    return "<br>".join(parts).replace("-", "−")
 
 
 def _title(key: str) -> str:

@@ -69,6 +69,7 @@ SCHEDULES = {
         "test_resnet",
         f"{PLAIN} {SMALL_BATCH} --max_train_samples 200",
         60,
+        epsilon=0.1,
     ),
     "digits test_vit": Setting(
         "digits, 200 images, 60 epochs",
@@ -76,6 +77,7 @@ SCHEDULES = {
         "test_vit",
         f"{VIT} {PLAIN} {SMALL_BATCH} --max_train_samples 200",
         60,
+        epsilon=0.02,
     ),
     "gtsrb test_resnet short": Setting(
         "GTSRB, 10,000 images, 5 epochs", GTSRB, "test_resnet", f"{MANY} {SIGNS}", 5
@@ -116,6 +118,7 @@ FURTHER = {
         f"{PLAIN}",
         40,
         curvature=False,
+        epsilon=0.4,
     ),
     "gtsrb efficientnet": Setting(
         "GTSRB, 500 images at 64 px, pretrained, 20 epochs",
@@ -126,6 +129,7 @@ FURTHER = {
         20,
         pretrained=True,
         curvature=False,
+        epsilon=0.05,
     ),
     "cifar10 efficientnet": Setting(
         "CIFAR-10, 500 images at 64 px, pretrained, 20 epochs",
@@ -135,6 +139,7 @@ FURTHER = {
         20,
         pretrained=True,
         curvature=False,
+        epsilon=0.05,
     ),
     "texts minilm": Setting(
         "Debian sections, 500 texts, pretrained, 12 epochs",
@@ -145,6 +150,7 @@ FURTHER = {
         pretrained=True,
         job=TextJob,
         curvature=False,
+        epsilon=0.1,
     ),
     "texts lora": Setting(
         "Debian sections, 500 texts, LoRA of rank 8, 12 epochs",
@@ -252,7 +258,7 @@ ALTERNATIVES = {
 DOSES = {f"AMP(), rise {rise}": Row(f"--rise {rise}") for rise in (0.1, 0.05)}
 ROWS = RESULTS | ALTERNATIVES | DOSES | HELD_OUT
 
-# The radii that held-out images chose from.
+# The radii that held-out images chose from, and texts.
 TRIED = {
     "gtsrb test_resnet full": (0.02, 0.05, 0.1, 0.2),
     "cifar10 test_resnet full": (0.05, 0.1, 0.2, 0.4),
@@ -261,5 +267,11 @@ TRIED = {
     "gtsrb resnet18": (0.05, 0.1, 0.2, 0.4),
     "gtsrb test_vit": (0.02, 0.05, 0.1),
     "cifar10 test_vit": (0.02, 0.05, 0.1),
+    "digits test_resnet": (0.05, 0.1, 0.2, 0.4),
+    "digits test_vit": (0.02, 0.05, 0.1, 0.2),
+    "cifar10 preactresnet18": (0.05, 0.1, 0.2, 0.4, 0.8),
+    "gtsrb efficientnet": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "cifar10 efficientnet": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "texts minilm": (0.05, 0.1, 0.2, 0.4),
 }
-COMPARED = list(TRIED)
+COMPARED = tuple(TRIED)[:7]  # with twice the epochs, too

@@ -52,8 +52,10 @@ def _time(runs: Runs, key: str, name: str) -> str:
 
 
 def _cells(runs: Runs, key: str, name: str, columns: Iterable[str]) -> Iterable[str]:
+    n = len(runs.values(key, name, "accuracy"))
     for column in columns:
         factor, digits = _FORMATS[column]
         values = [factor * value for value in runs.values(key, name, column)]
-        yield mean_and_spread(values, digits).replace("-", "−") if values else ""
-    yield str(len(runs.values(key, name, "accuracy")))
+        text = mean_and_spread(values, digits).replace("-", "−") if values else ""
+        yield f"{text} (n = {len(values)})" if 0 < len(values) < n else text
+    yield str(n)
