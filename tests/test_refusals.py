@@ -61,7 +61,7 @@ def sparse_model():
             lambda: MLP().requires_grad_(False),
             {},
             {},
-            r"MLP, all of which are frozen: unfreeze some",
+            r"'all' matches no trainable parameter of MLP, all of which are frozen: unfreeze some",
         ),
         *(
             (MLP, {}, dict(optim=optim), rf"cannot use optim='{optim}'.*Choose an optimizer that")

@@ -95,9 +95,8 @@ class Row:
     def arguments(self, setting: Setting) -> str:
         """The row's part of the recipe's command line."""
         epsilon = setting.epsilon if self.chosen_epsilon else self.epsilon
-        held_out = "--validation_fraction 0.2" if self.held_out else ""
-        if self.held_out and setting.job is ImageJob:
-            held_out += " --track_length 1"
+        tracks = " --track_length 1" if setting.job is ImageJob else ""
+        held_out = f"--validation_fraction 0.2{tracks}" if self.held_out else ""
         return f"{held_out} {self.argv}" + ("" if epsilon is None else f" --epsilon {epsilon}")
 
 
