@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from .config import AMPConfig
 from .engine import engine_for
-from .parameters import check_perturbable, has_trainable
+from .parameters import check_perturbable
 
 # Of TRL. Each pass of theirs draws or generates a batch of its own, so that Δ would come from
 # another batch than the update; PPOTrainer has a loop of its own, which perturbs nothing.
@@ -29,8 +29,8 @@ def check_trainer(trainer: Any, config: AMPConfig) -> None:
     check_parent(type(trainer))
     model = trainer.model
     check_engine(config, trainer.accelerator, trainer.args, model)
-    if trainer.train_dataset is None and not has_trainable(model):
-        return  # it only evaluates
+    if trainer.train_dataset is None:
+        return  # it only evaluates; a first step is checked again
     # FSDP2 casts and moves the parameters when the training begins.
     is_final = not trainer.is_fsdp_enabled or isinstance(model, FSDPModule)
     check_perturbable(model, config.perturb, is_final)

@@ -41,10 +41,6 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Paramet
     return {name: param for param, name in names.items()}
 
 
-def has_trainable(model: nn.Module) -> bool:
-    return any(param.requires_grad for param in model.parameters())
-
-
 def check_perturbable(model: nn.Module, perturb: str, is_final: bool = True) -> None:
     """Raises `ValueError` if `perturb` names no trainable parameter, or one that would go wrong.
 
@@ -52,7 +48,7 @@ def check_perturbable(model: nn.Module, perturb: str, is_final: bool = True) -> 
         is_final: whether the parameters have the types and devices that they train with.
     """
     params = perturbed_parameters(model, perturb)
-    if not has_trainable(model):
+    if not any(param.requires_grad for param in model.parameters()):
         raise ValueError(
             f"AMPConfig.perturb={perturb!r} matches no trainable parameter of "
             f"{type(model).__name__}, all of which are frozen: unfreeze some (those of a PEFT "

@@ -11,9 +11,12 @@ from support import (
     arguments,
     differing,
     digits,
+    language_model,
     logged,
     make,
     on,
+    padded,
+    strokes,
     train,
     trainer_for,
     weights,
@@ -93,6 +96,17 @@ def test_a_frozen_model_can_be_evaluated(tmp_path):
         for cls in (AMPTrainer, Trainer)
     )
     assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
+
+
+def test_a_model_in_half_precision_can_be_evaluated_and_not_trained(tmp_path):
+    kwargs = dict(args=arguments(tmp_path), eval_dataset=strokes()[:8], data_collator=padded)
+    ours, stock = (
+        cls(model=make(language_model).bfloat16(), **kwargs) for cls in (AMPTrainer, Trainer)
+    )
+    assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
+    ours.train_dataset = strokes()
+    with pytest.raises(ValueError, match="in which a perturbation would round away"):
+        ours.train()
 
 
 @pytest.mark.parametrize(
