@@ -93,13 +93,19 @@ def calibration_bins(
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """`accuracy`, `nll` and `ece`: for the Trainer's `compute_metrics`."""
+    logits = logits_of(prediction.predictions)
     results: dict[str, float] = {}
     for metric in (Accuracy, NegativeLogLikelihood, ExpectedCalibrationError):
         # In memory: evaluate's default is a file in the user's cache.
         results |= metric(keep_in_memory=True).compute(
-            predictions=prediction.predictions, references=prediction.label_ids
+            predictions=logits, references=prediction.label_ids
         )
     return results
+
+
+def logits_of(predictions: Any) -> Any:
+    """A model's first output: BART, say, returns what its encoder has made of the text as well."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def temperature_scaled(logits: Any, labels: Any) -> dict[str, float]:

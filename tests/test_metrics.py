@@ -20,6 +20,13 @@ def test_accuracy_and_nll_are_those_of_scikit_learn():
     assert results["nll"] == pytest.approx(log_loss(labels, probs), rel=1e-9)
 
 
+def test_of_a_model_that_returns_more_than_its_logits_the_logits_are_measured():
+    logits, labels = logits_and_labels(n=8)
+    hidden = np.zeros((8, 4, 16), np.float32)
+    found = compute_metrics(EvalPrediction((logits, hidden), labels))
+    assert found == compute_metrics(EvalPrediction(logits, labels))
+
+
 def test_calibration_error_of_a_case_worked_by_hand():
     # Two classes. Confidence .9 four times with three right, confidence .6 six times with five
     # right: 4/10 * |3/4 - .9| + 6/10 * |5/6 - .6| = .06 + .14.

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import AMPConfig
 from ..flatness import LossSurface, measure
-from ..metrics import temperature_scaled
+from ..metrics import logits_of, temperature_scaled
 from ..pictures import (
     draw_loss_contours,
     draw_loss_curves,
@@ -85,8 +85,9 @@ def measure_calibration(
     predictions = {}
     for model, each in trainers.items():
         prediction = each.predict(test)
-        predictions[model] = prediction.predictions, prediction.label_ids
-        if len(prediction.predictions) > 1:
+        logits = logits_of(prediction.predictions)
+        predictions[model] = logits, prediction.label_ids
+        if len(logits) > 1:
             scaled = {name: temperature_scaled(*predictions[model])}
             trainer.card_details.temperature_scaled[model] = scaled
     if trainer.is_world_process_zero():
