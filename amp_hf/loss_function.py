@@ -269,5 +269,6 @@ class LossFunction:
 
 
 def _size(batch: Batch) -> int:
-    tensors = (value for value in batch.values() if torch.is_tensor(value) and value.ndim)
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    tensors = (value for value in parts if torch.is_tensor(value) and value.ndim)
     return next((len(tensor) for tensor in tensors), 1)
