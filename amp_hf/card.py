@@ -208,7 +208,7 @@ def _metric_cells(results: Results) -> dict[str, str]:
     cells = {}
     for split, metrics in results.items():
         for metric, value in _shown(metrics).items():
-            label, form = _METRICS.get(metric, (metric, "{:.4f}"))
+            label, form = _METRICS.get(metric, (metric, "{:.4g}"))
             cells[f"{split}: {label}"] = form.format(value)
     return cells
 

@@ -101,8 +101,16 @@ class TrainingRecord:
             delta_norm=sum(norms) / len(norms) if norms else None,
             seconds=_seconds(trainer),
             results=results_of(trainer),
-            history=parse_log_history(state.log_history)[1] or [],
+            history=_history(state),
         )
+
+
+def _history(state: TrainerState) -> list[dict[str, Any]]:
+    logs = [dict(log) for log in state.log_history]
+    for log in logs:
+        if not _ends_training(log):  # where the parser would stop
+            log.pop("train_runtime", None)
+    return parse_log_history(logs)[1] or []
 
 
 def _arguments(trainer: Trainer) -> dict[str, Any]:
@@ -129,7 +137,8 @@ def _optimizer(trainer: Any) -> dict[str, Any]:
     if "weight_decay" in first:
         found["weight_decay"] = first["weight_decay"]
     others = first.keys() - {"params", "param_names", "lr", "initial_lr", "weight_decay"}
-    shown = ", ".join(f"{name}={first[name]}" for name in sorted(others) if first[name])
+    plain = [name for name in sorted(others) if isinstance(first[name], str | int | float | tuple)]
+    shown = ", ".join(f"{name}={first[name]}" for name in plain if first[name])
     name = type(made).__name__
     return found | {"optimizer": f"{name}({shown})" if shown else name}
 
@@ -189,7 +198,7 @@ def warn_if_never_perturbed(config: AMPConfig, state: TrainerState, took_steps: 
     Args:
         took_steps: whether AMP took the steps of this run, plain or perturbed.
     """
-    if config.epsilon == 0 or Progress.of(state).first is not None:
+    if config.epsilon == 0 or state.global_step == 0 or Progress.of(state).first is not None:
         return
     steps = range(state.global_step)
     if not any(config.perturbs_at(step, state.max_steps) for step in steps):

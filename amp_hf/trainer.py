@@ -7,6 +7,7 @@ The Trainer calls `get_batch_samples` once for each optimizer step, with all its
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,11 +167,12 @@ class AMPTrainerMixin(_Parent):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             path = Path(str(self.args.output_dir), "README.md")
-            known = {name: kwargs.get(name) for name in ("model_name", "tasks")}
+            given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            known = {name: given.get(name) for name in ("model_name", "tasks")}
             record = TrainingRecord.of(self, self.amp_config, **known)
             details = self.card_details
             if details.dataset is None:
-                details = dataclasses.replace(details, dataset=kwargs.get("dataset"))
+                details = dataclasses.replace(details, dataset=given.get("dataset"))
             write(path, record, details)
 
     def hyperparameter_search(

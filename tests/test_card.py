@@ -5,6 +5,7 @@ import itertools
 import re
 from urllib.parse import quote, unquote
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -14,6 +15,7 @@ from support import (
     MLP,
     always,
     digits,
+    language_model,
     make,
     on,
     padded,
@@ -239,6 +241,24 @@ def test_speeds_in_the_trainings_logs_are_no_results(tmp_path):
     assert [result.dataset_split for result in card_of(trainer).data.eval_results] == ["eval"]
 
 
+def test_speeds_in_the_trainings_logs_do_not_shorten_the_table_of_evaluations(tmp_path):
+    trainer = trainer_for(
+        make(language_model),
+        tmp_path,
+        data=strokes(),
+        trainer={"data_collator": padded, "eval_dataset": strokes()[:4]},
+        max_steps=4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        include_num_input_tokens_seen="all",
+    )
+    trainer.train()
+    text = card_of(trainer).text
+    rows = text[text.index("| Training Loss |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) == trainer.state.global_step == 4
+
+
 def test_a_training_that_stops_before_the_first_ascent_says_so(tmp_path, caplog):
     trainer = stopping(tmp_path, 34)
     card = card_of(trainer)
@@ -310,6 +330,28 @@ def test_an_optimizer_of_the_scripts_own_is_the_one_on_the_card(tmp_path):
     ):
         assert f"| `{row}` |" in text
     assert "adam" not in text
+
+
+def test_what_an_optimizer_keeps_in_its_groups_does_not_stop_the_card(tmp_path):
+    model = make(MLP)
+    own = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    own.param_groups[0] |= {"mask": torch.ones(3), "scales": np.ones(2)}
+    trainer = trainer_for(model, tmp_path, trainer={"optimizers": (own, None)})
+    trainer.train()
+    assert "| `optimizer` | `SGD(momentum=0.9)` |" in card_of(trainer).text
+
+
+def test_small_metrics_are_not_shown_as_zero(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.state.log_history[-1]["test_mse"] = 3e-5
+    assert "| test: mse | 3e-05 |" in card_of(trainer).text
+
+
+def test_the_name_of_the_model_may_be_given_by_its_place(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.create_model_card("en", "mit", ["t"], "my-name")
+    card = ModelCard.load(f"{trainer.args.output_dir}/README.md", ignore_metadata_errors=False)
+    assert card.data.model_name == "my-name" and "\n# my-name\n" in card.text
 
 
 @pytest.mark.parametrize("dataset", ["a/b", ["a/b", "c/d"]])
