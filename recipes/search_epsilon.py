@@ -96,9 +96,13 @@ def main() -> None:
             sampler=optuna.samplers.TPESampler(seed=args.seed),
         )
     except ValueError as error:  # Optuna's, where every trial diverged
-        sys.exit(f"search_epsilon.py: error: {error}")
+        if not any(map(math.isfinite, nll_of.values())):
+            sys.exit(f"search_epsilon.py: error: {error}")
+        print(f"search_epsilon.py: of the trials: {error}", file=sys.stderr)
+        best = None
     if best is not None:  # the main process
         nll_of[best.hyperparameters["epsilon"]] = best.objective
+    if trainer.is_world_process_zero():
         found, nll = min(
             ((epsilon, nll) for epsilon, nll in nll_of.items() if math.isfinite(nll)),
             key=lambda pair: pair[1],

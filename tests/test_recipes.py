@@ -492,9 +492,11 @@ BAD = {
     '--model_args={"features_only": true}': "change --model_args, raise --image_size",
     "--model=recipes": "--model recipes is a folder without a saved timm model",
     "--report_to=clearml": "requires 'clearml' to be installed",
+    "--load_best_model_at_end=true": "but found - Evaluation strategy: ",
     "--prediction_loss_only=true": "--prediction_loss_only must be false: accuracy, NLL and ECE",
     "--eval_do_concat_batches=false": "--eval_do_concat_batches must be true: accuracy, NLL",
     "--batch_eval_metrics=true": "--batch_eval_metrics must be false: accuracy, NLL and ECE",
+    "--bf16_full_eval=true": "--bf16_full_eval must be false: it casts the model itself",
 }
 
 
@@ -706,6 +708,26 @@ def test_a_search_in_which_every_epsilon_does_harm_recommends_none(
     out = capsys.readouterr().out
     assert "Best: epsilon 0 (" in out
     assert out.splitlines()[-1].endswith("--epsilon 0")
+
+
+def test_a_search_whose_trials_all_diverge_keeps_what_was_found_without_them(
+    tmp_path, data, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    original = AMPTrainer.evaluate
+
+    def evaluate(trainer, *args, **kwargs):
+        metrics = original(trainer, *args, **kwargs)
+        if trainer.amp_config.epsilon not in (0, None):
+            metrics["eval_nll"] = math.nan
+        return metrics
+
+    monkeypatch.setattr(AMPTrainer, "evaluate", evaluate)
+    words = ["--dataset", data, "--trials=1", "--max_steps=2"]
+    main_of(search_epsilon, monkeypatch, *SMALL.split(), *words)
+    printed = capsys.readouterr()
+    assert "No trials are completed yet" in printed.err
+    assert re.search(r"Best: epsilon .* \(held-out NLL [\d.]+\)", printed.out)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartModel,
     DistilBertConfig,
     DistilBertModel,
     RobertaConfig,
@@ -111,6 +113,7 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
     assert nll(logits, sorted(MODULES), rows) == pytest.approx(found["test_nll"], abs=1e-5)
     predicted = [sorted(MODULES)[i] for i in logits[:4].argmax(1)]
     assert [each["label"] for each in names["classify"](rows["what"][:4])] == predicted
+    assert ModelCard(card).data.pipeline_tag == "text-classification"
     # What --flatness measures: the loss along the adapters and the head.
     job = TextJob(*parse(argv=argv))
     trained, loaded = (
@@ -118,6 +121,20 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
         for model in (job.trainer.model, job.load(str(tmp_path)))
     )
     assert trained == loaded and any("lora_A" in name for name in trained)
+
+
+@pytest.mark.slow
+def test_a_model_that_returns_more_than_its_logits_is_measured_by_them(tmp_path, data, encoder):
+    folder = shutil.copytree(encoder, tmp_path / "bart")
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2)
+    tokens = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3)
+    BartModel(BartConfig(vocab_size=500, d_model=32, **layers, **heads, **tokens)).save_pretrained(
+        folder
+    )
+    found = main(argv=arguments(data, str(folder), tmp_path / "out", "--compare_erm"))
+    assert 0 < found["test_nll"] < 2
+    assert (tmp_path / "out" / "reliability.png").exists()
 
 
 def test_with_adapters_every_new_module_is_trained_and_saved(tmp_path, data, encoder):
@@ -254,6 +271,14 @@ def test_a_label_of_strings_is_not_taken_for_the_text_and_other_columns_do_not_m
     argv = ["--model", encoder, f"--dataset={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path}"]
     job = TextJob(*parse(argv=argv))
     assert (job.text_columns, job.rows.label_column) == (["what"], "label")
+
+
+def test_a_class_that_is_called_minus_one_is_refused_with_a_remedy(tmp_path, encoder):
+    rows = [row | {"label": (-1) ** i} for i, row in enumerate(texts())]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "train.csv")
+    argv = arguments(str(tmp_path / "train.csv"), encoder, tmp_path)[:-1]
+    with pytest.raises(ValueError, match=r"-1 stands for unlabeled: .* call that class something"):
+        TextJob(*parse(argv=argv))
 
 
 @pytest.mark.parametrize(

@@ -241,5 +241,6 @@ def check_labels(rows: datasets.Dataset, label_column: str, numbers: Iterable[in
         if label is None or not 0 <= label < classes:
             raise ValueError(
                 f"Label {label} of row {number} is none of the {classes} classes of column "
-                f"{label_column!r}: leave the unlabeled rows out of the dataset."
+                f"{label_column!r}, where -1 stands for unlabeled: leave such rows out of the "
+                "dataset, or call that class something else."
             )

@@ -204,6 +204,12 @@ def _check_evaluation(args: TrainingArguments) -> None:
                 f"--{name} must be {str(value).lower()}: accuracy, NLL and ECE are computed from "
                 "all predictions together."
             )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name} must be false: it casts the model itself, which is saved and pushed "
+                f"afterwards. --{name.removesuffix('_full_eval')} true evaluates in that precision."
+            )
 
 
 def _find_checkpoint(args: TrainingArguments) -> str | None:

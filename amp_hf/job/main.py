@@ -70,17 +70,17 @@ def _train_and_evaluate(job: Job) -> dict[str, float]:
         evaluated = {"eval": trainer.eval_dataset} | evaluated
     results = _train_and_save(trainer)
     _evaluate(trainer, evaluated, results)
-    trainer.create_model_card()
+    trainer.create_model_card(tasks=job.pipeline)
     failure = None
     if (job.arguments.compare_erm or job.arguments.flatness) and _all_finite(results):
         failure = _measure_for_card(job, evaluated)
-        trainer.create_model_card()
+        trainer.create_model_card(tasks=job.pipeline)
     if trainer.is_world_process_zero():
         folder = str(trainer.args.output_dir)
         code = textwrap.indent(job.how_to_load(literal(folder)), "    ")
         print(_SUMMARY.format(folder=folder, code=code))
     if trainer.args.push_to_hub and _all_finite(results):
-        trainer.push_to_hub()
+        trainer.push_to_hub(tasks=job.pipeline)
     if failure is not None:
         raise failure
     return results
@@ -142,7 +142,9 @@ It loads without amp_hf:
 def _exit(error: Exception, status: int = 2) -> NoReturn:
     # An error from a dataloader's worker carries the worker's traceback, and its own line ends it.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    message = lines[-1 if isinstance(error, DataError) else 0]
+    # The Trainer's arguments list what they found below what they asked for.
+    found = [line for line in lines[1:] if line.startswith("- ")]
+    message = lines[-1] if isinstance(error, DataError) else " ".join([lines[0], *found])
     message = message.rpartition(f"{type(error).__name__}: ")[2]
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     sys.exit(status)
