@@ -141,6 +141,17 @@ FURTHER = {
         curvature=False,
         epsilon=0.05,
     ),
+    "cifar10 efficientnet slow": Setting(
+        "CIFAR-10, 500 images at 64 px, pretrained, 20 epochs, learning rate 0.002",
+        CIFAR10,
+        LITE,
+        f"--image_size 64 --learning_rate 0.002 {SMALL_BATCH} --max_train_samples 500 "
+        f"--max_eval_samples 4000 {OBJECTS}",
+        20,
+        pretrained=True,
+        curvature=False,
+        epsilon=0.02,
+    ),
     "texts minilm": Setting(
         "Debian sections, 500 texts, pretrained, 12 epochs",
         SECTIONS,
@@ -272,6 +283,7 @@ TRIED = {
     "cifar10 preactresnet18": (0.05, 0.1, 0.2, 0.4, 0.8),
     "gtsrb efficientnet": (0.02, 0.05, 0.1, 0.2, 0.4),
     "cifar10 efficientnet": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "cifar10 efficientnet slow": (0.02, 0.05, 0.1, 0.2),
     "texts minilm": (0.05, 0.1, 0.2, 0.4),
 }
 COMPARED = tuple(TRIED)[:7]  # with twice the epochs, too
