@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
+from transformers.trainer_pt_utils import find_batch_size
 
 from .blocks import JointTensors
 from .compat import foreach_clone
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from typing_extensions import Self
 
-Batch = Mapping[str, Any]
+Batch = Any  # tensors, or a mapping or a sequence of them
 Vector = Sequence[Tensor]  # a tensor for each parameter
 
 # What a pass over the samples takes, in forward passes: with one backward pass, and with two.
@@ -89,7 +90,7 @@ class LossFunction:
         with preserved_rng(self.device):
             set_seed(seed)  # a dataloader or a collator may draw
             for i, batch in enumerate(batches):
-                size = _size(batch)
+                size = find_batch_size(batch) or 1
                 self.samples += size
                 if i % ranks == rank:
                     self._batches.append((send_to_device(batch, self.device), size))
@@ -266,9 +267,3 @@ class LossFunction:
         finally:
             for module, mode in modes:
                 module.training = mode
-
-
-def _size(batch: Batch) -> int:
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    tensors = (value for value in parts if torch.is_tensor(value) and value.ndim)
-    return next((len(tensor) for tensor in tensors), 1)
