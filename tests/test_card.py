@@ -267,6 +267,11 @@ def test_a_training_that_stops_before_the_first_ascent_says_so(tmp_path, caplog)
     assert "before the first perturbed one: AMPConfig.ascent_start=0.85" in caplog.text
 
 
+def test_a_training_of_no_steps_is_not_told_to_begin_earlier(tmp_path, caplog):
+    trainer_for(make(MLP), tmp_path, always(), max_steps=-1, num_train_epochs=0).train()
+    assert "perturbed" not in caplog.text
+
+
 def test_a_best_model_from_before_the_first_ascent_is_not_called_perturbed(tmp_path, caplog):
     best = stopping(tmp_path / "a", 0).state.best_global_step
     trainer = stopping(tmp_path / "b", best)
