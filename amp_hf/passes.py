@@ -17,7 +17,13 @@ from .compat import loss_is_scaled_for_ga
 from .config import Scope
 from .engine import Engine
 from .parameters import StepTensors
-from .preserve import gradients_set_aside, preserved_buffers, preserved_rng, temporarily
+from .preserve import (
+    all_buffers,
+    gradients_set_aside,
+    preserved_buffers,
+    preserved_rng,
+    temporarily,
+)
 
 Count = Tensor | int | None  # what the Trainer calls `num_items_in_batch`
 
@@ -88,7 +94,7 @@ class ParentPasses:
     ) -> Tensor:
         with (
             preserved_rng(self._trainer.args.device),
-            preserved_buffers(tensors.norm_buffers),
+            preserved_buffers(all_buffers(tensors.model)),
             gradients_set_aside(tensors.trainable),
         ):
             # A copy, because computing the loss may take the labels out.

@@ -60,6 +60,17 @@ def test_a_loss_function_that_counts_items_follows_the_reference(tmp_path, scope
     assert_at(model, theta)
 
 
+def test_asking_what_a_loss_is_divided_by_leaves_every_buffer_as_it_was(tmp_path):
+    def trained(**kwargs):
+        model = make()
+        torch.nn.utils.parametrizations.spectral_norm(model.fc1)  # a step of its own in each pass
+        own = {"compute_loss_func": mean_loss}
+        train(model, tmp_path, trainer=own, max_steps=3, gradient_accumulation_steps=2, **kwargs)
+        return comparable(model.state_dict())
+
+    assert trained(config=AMPConfig()) == trained(cls=Trainer)
+
+
 def test_label_smoothing_follows_the_reference(tmp_path):
     config = dict(epsilon=100.0, inner_lr=0.3)
     model = make(dtype=torch.float64)
