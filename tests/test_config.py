@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import resource
 import sys
 from fractions import Fraction
@@ -231,6 +232,10 @@ def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
     perturbed = sum(config.perturbs_at(step, 10_000) for step in range(10_000)) / 10_000
     assert perturbed >= min(0.55, 5.99 * (budget - 1))
     assert config.ascent_every <= 6
+
+
+def test_the_smallest_budget_buys_an_ascent():
+    assert len(ascents(100, **AMPConfig.for_budget(math.nextafter(1, 2)).to_dict())) == 1
 
 
 def test_the_settings_of_the_budget_that_is_recommended():
