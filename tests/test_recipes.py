@@ -122,7 +122,8 @@ def test_options_of_the_training_loader_leave_the_results_of_every_split_alone(
     ended = next(log for log in logged if "total_flos" in log)
     assert saved["train_loss"] == ended["train_loss"] and saved["train_nll"] == found["train_nll"]
 
-    (tmp_path / "out" / "_erm" / "checkpoint-9").mkdir(parents=True)  # of an earlier run
+    for folder in (tmp_path / "out", tmp_path / "out" / "_erm"):  # of an earlier run
+        (folder / "checkpoint-999").mkdir(parents=True)
     again = [word for word in words if "eval_splits" not in word and "fraction" not in word]
     run_here(RECIPES / "train_cifar10.py", monkeypatch, *again, tmp_path / "out", "--max_steps=1")
     assert {name.partition("_")[0] for name in results(tmp_path / "out")} == {
@@ -132,6 +133,26 @@ def test_options_of_the_training_loader_leave_the_results_of_every_split_alone(
         "total",
     }
     assert not (tmp_path / "out" / "_erm").exists()
+    assert not (tmp_path / "out" / "checkpoint-999").exists()
+    assert (tmp_path / "out" / "_earlier" / "checkpoint-999").exists()
+
+
+def test_what_is_saved_is_what_was_evaluated_also_with_a_schedule_free_optimizer(tmp_path, data):
+    pytest.importorskip("schedulefree")
+    words = ["--dataset", data, "--epsilon=0", "--learning_rate=0.1", "--bf16=false"]
+    words += ["--optim=schedule_free_sgd", "--lr_scheduler_type=constant"]
+    found = main(argv=[*SMALL.split(), *words, f"--output_dir={tmp_path}"])
+    again = [*words, "--use_cpu", "--image_size=24", f"--model={tmp_path}"]
+    job = ImageJob(*parse(argv=[*again, f"--output_dir={tmp_path / 'again'}"]))
+    saved = job.trainer.evaluate(job.tests["test"], metric_key_prefix="test")
+    assert saved["test_nll"] == found["test_nll"]
+
+
+def test_less_than_a_batch_for_each_process_cannot_drop_the_last_one(tmp_path, data, capsys):
+    words = [f"--dataset={data}", f"--output_dir={tmp_path}", "--max_train_samples=7"]
+    words += ["--per_device_train_batch_size=8", "--dataloader_drop_last=true"]
+    code, line = failure(capsys, *words)
+    assert code == 2 and "leaves nothing to train on: 7 rows are less than 1 x 8" in line
 
 
 def test_a_split_that_would_pass_for_the_validation_is_refused(tmp_path, capsys):
@@ -479,9 +500,10 @@ BAD = {
     "--no_such_argument=1": "--no_such_argument=1",
     "--resume_from_checkpoint=true": "--resume_from_checkpoint true: no checkpoint there",
     "--resume_from_checkpoint=no/such": "--resume_from_checkpoint no/such: no checkpoint there",
-    "--label_column=nope": "has no label column 'nope'; it has img, label",
-    "--label_column=img": "has no label column 'img'; it has img, label",
-    "--image_column=label": "has no image column 'label'; it has img, label",
+    "--label_column=nope": "has no label column 'nope'; it has img (Image), label (ClassLabel): "
+    "name one with --label_column.",
+    "--label_column=img": "has no label column 'img'; it has img (Image), label",
+    "--image_column=label": "has no image column 'label'; it has img (Image), label",
     "--cutout=-4": "--cutout must be at least 0, got -4.",
     "--mirrored=left:right": "--mirrored must be a JSON object, got left:right.",
     '--mirrored={"a": "b", "c": "b"}': "--mirrored must name one mirror image of each class",
@@ -496,6 +518,7 @@ BAD = {
     "--prediction_loss_only=true": "--prediction_loss_only must be false: accuracy, NLL and ECE",
     "--eval_do_concat_batches=false": "--eval_do_concat_batches must be true: accuracy, NLL",
     "--batch_eval_metrics=true": "--batch_eval_metrics must be false: accuracy, NLL and ECE",
+    "--do_train=false": "--do_train must be true: a recipe trains, and then evaluates",
     "--bf16_full_eval=true": "--bf16_full_eval must be false: it casts the model itself",
 }
 
@@ -564,8 +587,9 @@ def test_a_broken_image_is_named_by_its_number_in_the_dataset_also_among_chosen_
 @pytest.mark.parametrize("label", [-1, None])
 def test_an_unlabeled_image_is_named_by_its_number(tmp_path, capsys, label):
     argv = spoiled(tmp_path, "train", lambda cells: cells["label"].__setitem__(13, label))
-    code, line = failure(capsys, *argv)
-    assert code == 2 and f"Label {label} of row 13 is none of the 10 classes" in line
+    for held_out in ("0", "0.2"):
+        code, line = failure(capsys, *argv, f"--validation_fraction={held_out}")
+        assert code == 2 and f"Label {label} of row 13 is none of the 10 classes" in line
 
 
 def test_without_labels_in_the_test_split_there_are_no_test_results(tmp_path, capsys):

@@ -240,7 +240,7 @@ def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--text_column=nope"], "has no text column 'nope'; it has what, module: name one with"),
+        (["--text_column=nope"], "has no text column 'nope'; it has what ("),
         (["--label_column=nope"], "has no label column 'nope'"),
         (["--model=no/such/encoder"], "--model 'no/such/encoder' could not be loaded"),
         (["--dataset=no/such/set"], "could not be loaded"),
@@ -249,7 +249,7 @@ def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path,
         (["--max_length=0"], "--max_length must be at least 1, got 0."),
         (["--text_column", "what", "module", "what"], "takes one column or two that differ"),
         (["--text_column", "what", "what"], "takes one column or two that differ"),
-        (["--text_column=module"], "has no text column 'module'"),
+        (["--text_column=module"], "module (ClassLabel): name one with --text_column."),
         (["--eval_splits=hard"], "has no split 'hard', only ['train', 'test']"),
     ],
 )
@@ -286,7 +286,10 @@ def test_a_class_that_is_called_minus_one_is_refused_with_a_remedy(tmp_path, enc
     [
         ("", "No columns to parse from file"),
         ("what,module\na,b\nc,d,e,f\n", "Expected 2 fields in line 3, saw 4"),
-        ("what,module\n1,b\n", "has no text column; it has what, module"),
+        (
+            "what,module\n1,b\n",
+            "it has what (int64), module (ClassLabel): none of these types will do.",
+        ),
     ],
 )
 def test_a_broken_file_ends_with_what_is_wrong_with_it(tmp_path, encoder, capsys, lines, said):

@@ -89,6 +89,7 @@ class JobArguments:
 
 # For every kind of data; the kind, and then the recipe, add their own.
 _DEFAULTS: dict[str, Any] = dict(
+    do_train=True,
     logging_steps=50,
     logging_nan_inf_filter=False,  # shows when training diverges
     save_strategy="epoch",

@@ -63,22 +63,30 @@ def find_column(
     features: datasets.Features,
     kind: str,
     wanted: str | None,
-    candidates: Iterable[str],
+    candidates: list[str],
+    others: Iterable[str] = (),
 ) -> str:
     """The first of the candidates, or the `wanted` one.
 
     Args:
         dataset, features, kind: for the message: `--{kind}_column` is the argument.
+        others: further columns of a type that fits, which are taken only where they are wanted.
 
     Raises:
         ValueError: there is none.
     """
-    for column in candidates:
+    fitting = [*candidates, *others]
+    for column in candidates if wanted is None else fitting:
         if wanted in (None, column):
             return column
+    types = (
+        f"{name} ({type_.dtype if isinstance(type_, datasets.Value) else type(type_).__name__})"
+        for name, type_ in features.items()
+    )
+    remedy = f"name one with --{kind}_column" if fitting else "none of these types will do"
     raise ValueError(
         f"Dataset {dataset!r} has no {kind} column{f' {wanted!r}' if wanted else ''}; it has "
-        f"{', '.join(features)}: name one with --{kind}_column."
+        f"{', '.join(types)}: {remedy}."
     )
 
 
@@ -93,9 +101,8 @@ def with_labels(
     features = next(iter(splits.values())).features
     classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
     values = [name for name in features if isinstance(features[name], datasets.Value)]
-    if wanted is None:
-        values = [name for name in ("label", "labels") if name in values]
-    column = find_column(dataset, features, "label", wanted, classes + values)
+    usual = [name for name in ("label", "labels") if name in values]
+    column = find_column(dataset, features, "label", wanted, classes + usual, values)
     return (splits if column in classes else _with_classes(splits, column)), column
 
 
@@ -149,7 +156,7 @@ def choose_rows(
         groups: `Job.groups`.
 
     Raises:
-        ValueError: a split is missing, or no row can be held out.
+        ValueError: a split is missing, a row has no label, or too few are left to train on.
     """
     for argument, names in (("--dataset", ["train"]), ("--eval_splits", arguments.eval_splits)):
         if missing := [name for name in names if name not in splits]:
@@ -168,6 +175,7 @@ def choose_rows(
             "are called that. Give it another name."
         )
     if arguments.validation_fraction:
+        check_labels(train, label_column, train[NUMBER])
         numbers, fraction = groups(train, label_column), arguments.validation_fraction
         if numbers is None:
             parts = train.train_test_split(
@@ -216,6 +224,11 @@ def _held_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int
 
 def _training_size(available: int, arguments: JobArguments, args: TrainingArguments) -> int:
     size = min(available, arguments.max_train_samples or available)
+    if args.dataloader_drop_last and size < args.train_batch_size * args.world_size:
+        raise ValueError(
+            f"--dataloader_drop_last leaves nothing to train on: {size} rows are less than "
+            f"{args.world_size} x {args.train_batch_size}, a batch for each process."
+        )
     # BatchNorm cannot train on a last batch of one sample.
     return size - 1 if size % args.train_batch_size == 1 < size else size
 

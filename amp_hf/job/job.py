@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
@@ -180,6 +181,22 @@ def last_checkpoint(folder: str) -> str | None:
     return None if last is None else str(last)
 
 
+def set_earlier_run_aside(args: TrainingArguments) -> None:
+    """What this run must not be resumed from: an earlier one's checkpoints, and its ERM baseline.
+
+    The checkpoints stay in the folder `_earlier`, until the next run.
+    """
+    shutil.rmtree(baseline_folder(args), ignore_errors=True)
+    folder = Path(str(args.output_dir))
+    if checkpoints := list(folder.glob("checkpoint-*")):
+        earlier = folder / "_earlier"
+        shutil.rmtree(earlier, ignore_errors=True)
+        earlier.mkdir()
+        for checkpoint in checkpoints:
+            checkpoint.rename(earlier / checkpoint.name)
+        print(f"The checkpoints of an earlier run are now in {earlier}.")
+
+
 def _check_writable(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
@@ -194,6 +211,10 @@ def _check_pictures(arguments: JobArguments) -> None:
 
 
 def _check_evaluation(args: TrainingArguments) -> None:
+    if not args.do_train:
+        raise ValueError(
+            "--do_train must be true: a recipe trains, and then evaluates what it has trained."
+        )
     for name, value in (
         ("prediction_loss_only", False),
         ("eval_do_concat_batches", True),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 from ..markdown import literal
 from ..trainer import AMPTrainer
 from .data import DataError
-from .job import Job, baseline_folder
+from .job import Job, set_earlier_run_aside
 from .pushing import HubError
 
 
@@ -63,8 +62,7 @@ def _train_and_evaluate(job: Job) -> dict[str, float]:
     """Saves after each step, so that a later one that fails loses nothing."""
     trainer = job.trainer
     if not trainer.args.resume_from_checkpoint and trainer.is_world_process_zero():
-        # That of an earlier run, from which this one's would go on if it had to be resumed.
-        shutil.rmtree(baseline_folder(trainer.args), ignore_errors=True)
+        set_earlier_run_aside(trainer.args)
     evaluated: dict[str, Any] = dict(job.tests)
     if trainer.eval_dataset is not None:
         evaluated = {"eval": trainer.eval_dataset} | evaluated

@@ -30,6 +30,8 @@ class HubError(RuntimeError):
 class RecipeTrainer(AMPTrainer):
     """An `AMPTrainer` that evaluates whole sets, and whose pushes lose no model and leak no token.
 
+    After `train`, the model is what evaluations measure, with schedule-free optimizers, too.
+
     `dataloader_drop_last` and `dataloader_persistent_workers` hold in training only. The Trainer
     would drop the last batch of a test set, too, and with persistent workers take the dataloader of
     the first set for all others.
@@ -43,12 +45,20 @@ class RecipeTrainer(AMPTrainer):
 
     # The Trainer's own.
     hub_model_id: Any
+    optimizer: Any
     push_in_progress: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.hub_token is not None:
             self.args.hub_token = _Token(self.args.hub_token)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        # Evaluations move a schedule-free optimizer's parameters to its average: what is saved now
+        # is what they will measure.
+        self.optimizer.eval()
+        return result
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         with self._whole_sets():
