@@ -81,13 +81,15 @@ def test_a_plain_label_of_minus_one_is_no_class(tmp_path):
 def test_a_missing_column_is_named_beside_those_that_exist(tmp_path):
     folder = tmp_path / "data"
     datasets.Dataset.from_dict({"text": ["a"], "stars": [1]}).to_parquet(folder / "train.parquet")
-    with pytest.raises(ValueError, match=r"no image column; it has text, stars.*--image_column"):
+    with pytest.raises(
+        ValueError, match=r"it has text \(.*\), stars \(int64\): none of these types"
+    ):
         load_images(str(folder))
     folder = parquet_folder(tmp_path / "b", label="digit", label_type=datasets.Value("int64"))
-    with pytest.raises(ValueError, match=r"no label column; it has img, digit.*--label_column"):
+    with pytest.raises(ValueError, match=r"no label column; it has img .*, digit .*--label_column"):
         load_images(folder)
     assert load_images(folder, label_column="digit")[2] == "digit"
-    with pytest.raises(ValueError, match="no label column 'nope'; it has img, digit"):
+    with pytest.raises(ValueError, match="no label column 'nope'; it has img "):
         load_images(folder, label_column="nope")
 
 
