@@ -148,6 +148,7 @@ class AMPConfig:
         spare = min(passes - 1, 0.3)
         # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
         every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)), 6)
+        # Below 1 where next to nothing is to spare: the last step is then perturbed.
         start = min(max(0.0, round(1 - every * spare, 6)), 0.999999)
         return cls(ascent_start=start, ascent_every=every, ascent_reuse=True)
 
