@@ -25,7 +25,7 @@ from PIL import Image
 from processes import on_ranks
 from recipe_worker import run_recipe
 from scripts import RECIPES, error_of, main_of, run_here
-from support import differing
+from support import differing, needs_schedule_free
 from transformers import AutoModelForImageClassification
 
 from amp_hf import AMPConfig, AMPTrainer
@@ -137,8 +137,8 @@ def test_options_of_the_training_loader_leave_the_results_of_every_split_alone(
     assert (tmp_path / "out" / "_earlier" / "checkpoint-999").exists()
 
 
+@needs_schedule_free
 def test_what_is_saved_is_what_was_evaluated_also_with_a_schedule_free_optimizer(tmp_path, data):
-    pytest.importorskip("schedulefree")
     words = ["--dataset", data, "--epsilon=0", "--learning_rate=0.1", "--bf16=false"]
     words += ["--optim=schedule_free_sgd", "--lr_scheduler_type=constant"]
     found = main(argv=[*SMALL.split(), *words, f"--output_dir={tmp_path}"])

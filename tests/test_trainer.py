@@ -6,7 +6,6 @@ import math
 import pytest
 import reference
 import torch
-from packaging.version import InvalidVersion
 from support import (
     MLP,
     SCOPES,
@@ -24,6 +23,7 @@ from support import (
     make,
     mean,
     mlp_loss,
+    needs_schedule_free,
     on,
     outcome,
     raise_at,
@@ -36,7 +36,6 @@ from support import (
 )
 from torch._dynamo.utils import counters
 from transformers import Trainer
-from transformers.utils import is_schedulefree_available
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
 
@@ -351,14 +350,7 @@ def test_a_trainer_that_survives_an_error_perturbs_what_follows(tmp_path, scope,
     assert same([param.detach() for param in model.parameters()], theta)
 
 
-def schedule_free_is_there():
-    try:
-        return is_schedulefree_available()
-    except InvalidVersion:  # transformers 5.0 on Python 3.10 cannot tell which it is
-        return False
-
-
-@pytest.mark.skipif(not schedule_free_is_there(), reason="needs schedulefree")
+@needs_schedule_free
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_evaluations_do_not_move_theta_of_a_schedule_free_optimizer(tmp_path, scope, reuse):

@@ -24,6 +24,7 @@ from .running import (
     always,
     arguments,
     learnt,
+    needs_schedule_free,
     on,
     raise_at,
     recorded,

@@ -4,13 +4,16 @@ import functools
 import itertools
 import weakref
 
+import pytest
 import torch
+from packaging.version import InvalidVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import is_schedulefree_available
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
 from amp_hf.progress import keep
@@ -27,6 +30,16 @@ ADAMW = dict(
     weight_decay=0.01,
     learning_rate=1e-3,
 )
+
+
+def schedule_free_is_there():
+    try:
+        return is_schedulefree_available()
+    except InvalidVersion:  # transformers 5.0 on Python 3.10 cannot tell which it is
+        return False
+
+
+needs_schedule_free = pytest.mark.skipif(not schedule_free_is_there(), reason="needs schedulefree")
 
 
 def arguments(folder, **kwargs):
