@@ -148,6 +148,17 @@ def test_what_is_saved_is_what_was_evaluated_also_with_a_schedule_free_optimizer
     assert saved["test_nll"] == found["test_nll"]
 
 
+def test_a_model_that_the_run_would_overwrite_is_refused(tmp_path, data, capsys):
+    output = f"--output_dir={tmp_path}"
+    main(argv=[*SMALL.split(), "--dataset", data, output, "--save_strategy=epoch"])
+    for model in (tmp_path, *tmp_path.glob("checkpoint-*")):
+        weights = (model / "model.safetensors").read_bytes()
+        code, line = failure(capsys, "--dataset", data, output, f"--model={model}")
+        assert code == 2 and "lies in --output_dir" in line and str(model) in line
+        assert (model / "model.safetensors").read_bytes() == weights
+    assert model != tmp_path
+
+
 def test_less_than_a_batch_for_each_process_cannot_drop_the_last_one(tmp_path, data, capsys):
     words = [f"--dataset={data}", f"--output_dir={tmp_path}", "--max_train_samples=7"]
     words += ["--per_device_train_batch_size=8", "--dataloader_drop_last=true"]

@@ -52,6 +52,7 @@ class Job(ABC):
         _check_writable(str(args.output_dir))
         _check_pictures(arguments)
         _check_evaluation(args)
+        _check_model(arguments.model, str(args.output_dir))
         args.resume_from_checkpoint = _find_checkpoint(args)
         self.rows = self._load_rows(args)
         model = self.new_model(args)
@@ -231,6 +232,16 @@ def _check_evaluation(args: TrainingArguments) -> None:
                 f"--{name} must be false: it casts the model itself, which is saved and pushed "
                 f"afterwards. --{name.removesuffix('_full_eval')} true evaluates in that precision."
             )
+
+
+def _check_model(model: str, output_dir: str) -> None:
+    """The ERM baseline, and a resumed run, must find it as it was when the training began."""
+    folder = Path(output_dir).resolve()
+    if os.path.isdir(model) and folder in (path := Path(model).resolve(), *path.parents):
+        raise ValueError(
+            f"--model {model!r} lies in --output_dir, whose models and checkpoints this run "
+            "overwrites or moves: choose another --output_dir."
+        )
 
 
 def _find_checkpoint(args: TrainingArguments) -> str | None:
