@@ -124,7 +124,7 @@ class AMPConfig:
 
     @classmethod
     def for_budget(cls, budget: float) -> AMPConfig:
-        """`AMPConfig()` with fewer ascents, for `budget` times the stock Trainer's passes.
+        """`AMPConfig()` with fewer ascents: at most `budget` times the stock Trainer's passes.
 
         An ascent costs one further pass. Every k-th step of the last part of the training has one,
         and the steps between reuse its Δ. That part is as near to 60 % of the training as a whole k
@@ -146,10 +146,9 @@ class AMPConfig:
                 f"passes, got {_shown(budget)}. AMPConfig(epsilon=0) is the stock Trainer."
             )
         spare = min(passes - 1, 0.3)
-        # Rounded first: 1 / (1.2 - 1) is 5.000000000000001.
-        every = min(math.ceil(round(0.6 / spare, 6)), math.floor(round(1 / spare, 6)), 6)
+        every = min(round(0.6 / spare), 6)
         # Below 1 where next to nothing is to spare: the last step is then perturbed.
-        start = min(max(0.0, round(1 - every * spare, 6)), 0.999999)
+        start = min(round(1 - every * spare, 6), 0.999999)
         return cls(ascent_start=start, ascent_every=every, ascent_reuse=True)
 
     def to_dict(self) -> dict[str, Any]:
