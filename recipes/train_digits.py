@@ -5,9 +5,9 @@
 
 scikit-learn's 1,797 digits of 8x8 pixels, of which a small network sees 200 and is tested on the
 rest: few enough to overfit, which is what a regularizer is for. Prints test accuracy, negative
-log-likelihood, expected calibration error and sharpness, the worst rise of the training loss that
-is found within 0.1 of the weights, as mean ± standard deviation over seeds, and draws the loss
-around the last seed's weights.
+log-likelihood, expected calibration error and the worst rise of the training loss that is found
+within 0.1 of the weights, as mean ± standard deviation over seeds, and draws the loss around the
+last seed's weights.
 """
 
 import json
@@ -43,8 +43,8 @@ from amp_hf.pictures import draw_loss_curves, loss_curves, save
 MODEL = "test_resnet"  # timm's smallest ResNet, 0.4 million parameters
 BATCH_SIZE = 32
 IMAGE_SIZE = 24  # upscaled from 8: the network's stem divides the side by four
-RADIUS = 0.1  # that sharpness is measured in, whatever epsilon is
-COLUMNS = ("accuracy", "nll", "ece", "sharpness")
+RADIUS = 0.1  # of `worst_rise`, whatever epsilon is
+COLUMNS = ("accuracy", "nll", "ece", "worst_rise")
 
 
 @dataclass
@@ -128,7 +128,7 @@ def train(options: DigitsArguments, amp_config: AMPConfig, seed: int, folder: st
     trainer.train()
     results = trainer.evaluate(test_set, metric_key_prefix="test")
     surface = LossSurface.of(trainer, progress=False)
-    results["test_sharpness"] = surface.worst_case_rise(RADIUS, steps=5)
+    results["test_worst_rise"] = surface.worst_case_rise(RADIUS, steps=5)
     return trainer, surface, {name: results[f"test_{name}"] for name in COLUMNS}
 
 

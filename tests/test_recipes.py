@@ -76,7 +76,7 @@ def test_the_digits_recipe_prints_its_table_and_saves_a_model_that_reloads(
     table = {line.split()[0]: line for line in out.splitlines() if "±" in line}
     saved = results(tmp_path)
     for name in ("ERM", "AMP"):
-        assert [run.keys() for run in saved[name]] == [{"accuracy", "nll", "ece", "sharpness"}] * 2
+        assert [run.keys() for run in saved[name]] == [{"accuracy", "nll", "ece", "worst_rise"}] * 2
         mean = sum(run["accuracy"] for run in saved[name]) / 2
         assert f" {mean:.4f} ± " in table[name]
     assert saved["ERM"] != saved["AMP"]
