@@ -83,6 +83,7 @@ def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
     datasets = _listed(details.dataset or card.data.datasets)
     _complete(card.data, record, details)
     is_draft = "More information needed" in card.text
+    source = _source(record)
     text = _environment.get_template("card_template.md").render(
         own_text=None if is_draft else Markup(card.text.strip()),
         record=record,
@@ -91,20 +92,20 @@ def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
         datasets=datasets,
         results=_results(record, details),
         classes=_classes(record.task),
-        loading=_loading(record, details),
+        source=source,
+        loading=details.how_to_load and Markup(details.how_to_load(source)),
         versions=_versions(),
     )
     card.text = f"\n{text}\n"
     card.save(path)
 
 
-def _loading(record: TrainingRecord, details: CardDetails) -> Markup | None:
-    if details.how_to_load is None:
-        return None
+def _source(record: TrainingRecord) -> Markup:
+    """The first arguments of `from_pretrained`, in Python."""
     source = markdown.literal(record.source)
     if record.revision:
         source += Markup(", revision=") + markdown.literal(record.revision)
-    return Markup(details.how_to_load(source))
+    return source
 
 
 def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:

@@ -25,7 +25,7 @@ _GENERATING = frozenset(
 
 
 def check_trainer(trainer: Any, config: AMPConfig) -> None:
-    """Raises `ValueError` for whatever AMP would be wrong with, but hooks."""
+    """Raises `ValueError` for all that AMP would be wrong with, except hooks (`check_no_hooks`)."""
     check_parent(type(trainer))
     model = trainer.model
     check_engine(config, trainer.accelerator, trainer.args, model)

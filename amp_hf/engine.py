@@ -1,7 +1,7 @@
 """What differs by engine: where parameters and gradients lie, and who reduces and steps when.
 
-A step sees one interface, `Engine`. What AMP needs and the engines keep to themselves stands here;
-CONTRIBUTING.md lists it.
+A step sees one interface, `Engine`. Only this module uses the private parts of engines;
+CONTRIBUTING.md lists them.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class _FSDP2(_Sharded):
     def inner_passes(
         self, model: Any, params: list[nn.Parameter], gradient: JointTensors, last: bool
     ) -> Iterator[None]:
-        # Whether the pass that follows is: torch does not tell.
+        # Whether the pass that follows reduces its gradient: torch does not tell.
         options = self.accelerator.gradient_state.plugin_kwargs
         synchronized = (
             last

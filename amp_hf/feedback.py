@@ -14,7 +14,7 @@ from .radius import Radius
 
 
 class _Measured:
-    """A step's target, and what `Feedback.add` takes, which arrives while others compute."""
+    """A step's target and measurements, on their way to the CPU while the device computes on."""
 
     def __init__(self, target: float, values: Tensor) -> None:
         self._target = target
@@ -44,7 +44,9 @@ class Feedback:
         self._accelerator = accelerator
         self.radius = Radius(**state["radius"]) if state else Radius()
         past = state["past"] if state else []  # of the last steps, the oldest first
-        self._past = deque(_Measured(target, _exactly(rest)) for target, *rest in past)
+        self._past = deque(
+            _Measured(target, torch.tensor(rest, dtype=torch.float64)) for target, *rest in past
+        )
         self._before = len(self._past)  # of them, those measured before the present step
         self.target = 0.0
 
@@ -64,7 +66,7 @@ class Feedback:
 
         Args:
             measured: on this rank, the losses at θ and at θ + Δ, and what their difference would
-                be, were the loss linear: 0 where the step is plain, and the losses are one.
+                be, were the loss linear. A plain step passes its one loss twice, and 0.
         """
         means = self._accelerator.reduce(measured, reduction="mean")
         self._past.append(_Measured(self.target, means))
@@ -78,7 +80,3 @@ class Feedback:
         """For a checkpoint in the middle of the present step, which will be taken again."""
         state = self.state()
         return state | {"past": state["past"][: self._before]}
-
-
-def _exactly(numbers: list[float]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)

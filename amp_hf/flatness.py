@@ -33,7 +33,7 @@ from .perturbation import Perturbation
 
 @dataclass(frozen=True)
 class Rise:
-    """Of the loss, in its unit, over random directions; `std` is the standard deviation."""
+    """L(θ + s·d) − L(θ) over random directions d, in the unit of the loss; `std`: its deviation."""
 
     mean: float
     std: float
@@ -42,7 +42,11 @@ class Rise:
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """Some eigenvalue lies within `residual`, ‖Hv − λv‖₂ for the unit vector v that was found."""
+    """`value` is λ. Some eigenvalue of the Hessian H lies within `residual` of it.
+
+    That is ‖Hv − λv‖₂, where v is the unit vector that was found. The unit is that of the loss per
+    squared parameter unit.
+    """
 
     value: float
     residual: float
@@ -61,7 +65,15 @@ class Trace:
 
 @dataclass(frozen=True)
 class Flatness:
-    """What `measure` found; losses in the unit of the loss, distances in that of the parameters."""
+    """What `measure` found. Losses and their rises are in the unit of the loss.
+
+    Attributes:
+        samples: how many the loss is the mean of.
+        seed: of all random directions and probes.
+        loss: L(θ).
+        radius: of `worst_case_rise`, in parameter units.
+        scale: s of `random_rise`, in lengths of θ: each filter of d has the norm of θ's.
+    """
 
     samples: int
     seed: int
@@ -80,7 +92,7 @@ class Flatness:
 class LossSurface(LossFunction):
     """How the loss behaves around θ: the measures of this module, on a `LossFunction`.
 
-    Of the random ones, each draws the numbers of the seed.
+    Every random measure starts from the same seed.
     """
 
     def worst_case_rise(self, radius: float, steps: int = 10) -> float:

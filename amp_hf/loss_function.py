@@ -36,8 +36,8 @@ class LossFunction:
     The model is in evaluation mode at every point: no dropout, and BatchNorm normalizes by the
     running statistics that belong to θ. Parameters, buffers, gradients, the modes of modules and
     the random generators are afterwards what they were, to the bit. What is random comes from
-    `seed` alone, on every device. Of several processes each computes its share of the batches, and
-    all of them get the same results.
+    `seed` alone, on every device. With several processes, each computes its share of the batches,
+    and all get the same results.
 
     Args:
         model: whole on every process, its parameters in float32 or float64.
@@ -108,7 +108,7 @@ class LossFunction:
         seed: int = 0,
         **kwargs: Any,
     ) -> Self:
-        """Of the trainer's own loss, in mixed precision if its model computes so.
+        """For the trainer's own loss, in mixed precision if its model computes so.
 
         Args:
             dataset: with a length; `None` is what was trained on. Its samples are drawn by `seed`,
@@ -143,7 +143,7 @@ class LossFunction:
 
     def loss(self) -> float:
         """L(θ)."""
-        return self._sum(lambda loss: (), 1)[0]
+        return self._sum(None, 1)[0]
 
     def hessian_product(self, vector: Vector) -> list[Tensor]:
         """∇²L(θ)·v."""
@@ -236,15 +236,15 @@ class LossFunction:
         return self._sum(gradient, GRADIENT_COST)
 
     def _sum(
-        self, derive: Callable[[Tensor], Sequence[Tensor]], cost: int
+        self, derive: Callable[[Tensor], Sequence[Tensor]] | None, cost: int
     ) -> tuple[float, list[Tensor]]:
         """L, and the sum of what `derive` makes of each batch's part of it."""
-        total, sums = 0.0, JointTensors(self.params if cost > 1 else [])
+        total, sums = 0.0, JointTensors(self.params if derive else [])
         sums.zero_()
-        with self._undisturbed(), torch.set_grad_enabled(cost > 1):
+        with self._undisturbed(), torch.set_grad_enabled(derive is not None):
             for batch, size in self._batches:
                 loss = self._loss(self.model, batch) * (size / self.samples)
-                if parts := derive(loss):
+                if derive and (parts := derive(loss)):
                     torch._foreach_add_(sums.tensors, list(parts))
                 total += loss.item()
         if self._distributed:

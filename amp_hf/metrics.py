@@ -76,6 +76,8 @@ def calibration_bins(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per bin ((m−1)/M, m/M] of the confidence: samples, their summed confidence, correct ones.
 
+    Three arrays, (n_bins,).
+
     Where logits are not finite, the confidences are NaN.
     """
     probs = np.exp(_log_softmax(logits))

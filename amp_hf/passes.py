@@ -141,7 +141,7 @@ class ParentPasses:
         counted = num_items is not None and averages
         return self._trainer.accelerator.num_processes if counted else 1
 
-    def loss_kind(
+    def find_loss_kind(
         self,
         model: nn.Module,
         batch: Any,
@@ -194,7 +194,7 @@ class ParentPasses:
 
     @contextlib.contextmanager
     def _in_a_window_of(self, micro_batches: int) -> Iterator[None]:
-        """What a loss is divided by: the Trainer reads the one, a `compute_loss` may the other."""
+        """What a loss is divided by: the Trainer reads the one, some `compute_loss` the other."""
         with (
             temporarily(self._trainer, "current_gradient_accumulation_steps", micro_batches),
             temporarily(self._trainer.args, "gradient_accumulation_steps", micro_batches),

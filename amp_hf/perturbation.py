@@ -57,9 +57,9 @@ def shrinkage(
         norms_of: the norms of whole tensors, where `delta` holds shards of them.
 
     Returns:
-        The factor, or one for each tensor if the ball is `"tensor"`; the norm of `delta` after the
-        projection, over all tensors together; and the slope: to first order, a loss whose gradient
-        is rate · Δ rises by at most ε times this within the ball. All are 0-dimensional.
+        The factor, or one for each tensor if the ball is `"tensor"`; the norm of rate · Δ after
+        the projection, over all tensors together; and the slope: to first order, a loss whose
+        gradient is rate · Δ rises by at most ε times this within the ball. All are 0-dimensional.
     """
     norms = rate * norms_of(delta.tensors)
     if ball != "tensor":
@@ -83,13 +83,16 @@ def _nothing_more() -> None:
 class Perturbation:
     """The parameters at θ + Δ, and the way back to θ.
 
-    The tensors that bring the gradient in keep θ while the parameters are displaced. So an ascent
+    While the parameters are displaced, θ lies in the tensors that held the gradient. So an ascent
     takes the memory of one copy of the parameters, and of one group of them while the two change
     places; a further ascent takes another copy until it has replaced the first. θ is copied, never
     recomputed, so `restore` is exact to the bit. It may be called at any moment, also after an
     interrupt in the middle of any method here.
 
     Args:
+        params: θ, displaced in place; shards where the engine shards.
+        epsilon: radius ε in parameter units, or in units of T where the ball is elementwise.
+        ball: as `shrinkage` takes it.
         norms: where `params` are shards: the norms of the whole tensors.
         moved: called whenever the parameters have been changed.
 

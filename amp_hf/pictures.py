@@ -6,7 +6,8 @@ one that draws them:
     numbers = loss_curves({"ERM": LossSurface(erm, data), "AMP": LossSurface(amp, data)})
     save(draw_loss_curves(numbers), numbers, "curves.png")     # and curves.json
 
-Colours are those of Okabe and Ito (2008), which all can tell apart; lines differ in print, too.
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; the
+styles of the lines differ as well, for print.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ def loss_curves(
         scale: how far the random directions are followed, in lengths of θ.
         points: of a curve.
         directions: of which the picture shows the mean and the range.
+
+    Returns:
+        `distances` and `worst_distances`, (points,); for each of `models` the losses `random`,
+        (directions, points), and `worst`, (points,).
     """
     far = np.linspace(-scale, scale, points).round(6).tolist()
     near = np.linspace(-2 * radius, 2 * radius, points).round(6).tolist()
@@ -96,7 +101,12 @@ def draw_loss_curves(numbers: dict[str, Any]) -> Figure:
 def loss_contours(
     surfaces: Mapping[str, LossSurface], scale: float = 0.5, points: int = 15
 ) -> dict[str, Any]:
-    """The loss over the plane of two random directions, each in lengths of θ."""
+    """The loss over the plane of two random directions, each in lengths of θ.
+
+    Returns:
+        `distances`, (points,); for each of `models` the losses, (points, points), with a row for
+        each distance along the second direction.
+    """
     distances = np.linspace(-scale, scale, points).round(6).tolist()
     numbers: dict[str, Any] = {"distances": distances, "models": {}}
     for name, surface in surfaces.items():
@@ -137,6 +147,10 @@ def reliability(predictions: Mapping[str, tuple[Any, Any]], n_bins: int = 15) ->
     Args:
         predictions: by the models' names, logits (n, classes) and class indices (n,).
         n_bins: of equal width.
+
+    Returns:
+        For each of `models` the `share` of the samples in each bin, (n_bins,); the mean
+        `confidence` and the `accuracy` of the bins that have any; and the calibration error, `ece`.
     """
     numbers: dict[str, Any] = {"models": {}}
     for name, (logits, labels) in predictions.items():

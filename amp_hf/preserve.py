@@ -58,7 +58,7 @@ def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
 def preserved_rng(device: torch.device) -> Iterator[None]:
     """Python's, NumPy's, torch's and `device`'s generators go on as if the body had not run.
 
-    A pass that follows so draws the numbers that the body drew: the same dropout masks.
+    A pass that follows therefore draws the same numbers as the body: the same dropout masks.
     """
     python, numpy = random.getstate(), np.random.get_state()
     try:

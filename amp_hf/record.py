@@ -80,8 +80,8 @@ class TrainingRecord:
         name = model_name or Path(str(args.output_dir)).absolute().name
         # With a base model, the summary would ask the Hub for its license.
         tasks = TrainingSummary.from_trainer(trainer, finetuned_from="", tasks=tasks).tasks
-        best = best_step(trainer)
-        progress, norms = Progress.of(state), delta_norms(state)
+        best = _best_step(trainer)
+        progress, norms = Progress.of(state), _delta_norms(state)
         first = progress.first
         return cls(
             name=name,
@@ -148,12 +148,12 @@ def _seconds(trainer: Any) -> float | None:
     return times[-1] if times and not trainer.resumed else None
 
 
-def delta_norms(state: TrainerState) -> list[float]:
+def _delta_norms(state: TrainerState) -> list[float]:
     """Every logged ‖Δ‖₂, each the mean over the ascents since the log before."""
     return [log["amp/delta_norm"] for log in state.log_history if "amp/delta_norm" in log]
 
 
-def best_step(trainer: Trainer) -> int | None:
+def _best_step(trainer: Trainer) -> int | None:
     """The optimizer step whose model `load_best_model_at_end` loaded; `None` if it loaded none."""
     state = trainer.state
     ended = any(map(_ends_training, state.log_history))
@@ -164,7 +164,7 @@ def best_step(trainer: Trainer) -> int | None:
 def results_of(trainer: Trainer) -> Results:
     """The last evaluation of the model as it is now, for each prefix that `evaluate` was given."""
     results: Results = {}
-    best = best_step(trainer)
+    best = _best_step(trainer)
     ended = False
     for entry in trainer.state.log_history:
         ended = ended or _ends_training(entry)

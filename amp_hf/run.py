@@ -31,14 +31,14 @@ class Run:
     engine: Engine | None = None
     tensors: StepTensors | None = None
     checked: bool = False  # that AMP is right with the trainer, once epsilon is not 0
-    loss_kind: LossKind | None = None  # see `ParentPasses.loss_kind`
+    loss_kind: LossKind | None = None  # see `ParentPasses.find_loss_kind`
     last_perturbed: int | None = None  # the last step with a Δ
     last_ascent: int | None = None  # the last one whose Δ was computed anew
     reusable: Perturbation | None = None  # its Δ, where steps to come may be displaced by it
 
     @classmethod
     def of(cls, state: TrainerState, accelerator: Accelerator, before: Feedback | None) -> Run:
-        """That of a training that begins, or that goes on from a checkpoint.
+        """The state of a training that begins, or that goes on from a checkpoint.
 
         Args:
             before: of the same training, where the Trainer begins it anew with a smaller batch. The
@@ -69,6 +69,11 @@ class Window:
     clean_losses: list[Tensor] = field(default_factory=list)
     # The sums that `Feedback.add` takes, over the micro-batches so far.
     measured: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Micro-batches of the step; 1 where `get_batch_samples` handed none over."""
+        return max(1, len(self.batches))
 
 
 def stacked(loss: Tensor, *values: Tensor) -> Tensor:

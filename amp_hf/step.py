@@ -61,7 +61,7 @@ class PerturbedStep:
         vars(self).update(state, _moves=threading.RLock())
 
     def begin_window(self, batches: list) -> None:
-        """Forgets the window before, which a callback may have ended early."""
+        """Drops the window before, which a callback may have cut short."""
         self.window = Window(batches)
 
     def end_run(self) -> None:
@@ -70,7 +70,7 @@ class PerturbedStep:
         state = self.run.state
         if state is not None and self.run.checked:
             keep(state, progress=self._progress)
-        self.run = Run(state)  # without the memory that it keeps
+        self.run = Run(state)  # frees the engine, the memory of the gradients and Δ
 
     def before_checkpoint(self) -> None:
         """All that a resumed run needs goes into the Trainer's state."""
@@ -226,7 +226,7 @@ class PerturbedStep:
         else:
             self._put_aside()
         assert window.delta_norm is not None
-        share = 1 / max(1, len(window.batches))
+        share = 1 / window.size
         self.means.add(loss, clean_loss, window.delta_norm, share)
         if self._config.epsilon is None:
             assert window.linear_rise is not None
@@ -260,14 +260,13 @@ class PerturbedStep:
         """
         self._prepare(model, inputs, num_items)
         config, parent, engine, window = self._config, self.parent, self._engine, self.window
-        size = max(1, len(window.batches))
         # A subclass may have changed `inputs`, which is all of the window where it is one batch.
-        batches = window.batches if engine.scope == "batch" and size > 1 else [inputs]
+        batches = window.batches if engine.scope == "batch" and window.size > 1 else [inputs]
         if self._asks_for_loss_kind():
             self._find_loss_kind(model, inputs, num_items)
-        scale = parent.loss_scale(engine.scope, size, batches, num_items, self._loss_kind)
+        scale = parent.loss_scale(engine.scope, window.size, batches, num_items, self._loss_kind)
         num_items = scale.num_items
-        on_its_own = self._is_joined() and engine.scope == "micro_batch"
+        on_its_own = self._is_only_a_part() and engine.scope == "micro_batch"
         with parent.as_a_step_of_its_own() if on_its_own else contextlib.nullcontext():
             if config.ascent_fraction < 1:
                 batches = [first_samples(batch, config.ascent_fraction) for batch in batches]
@@ -275,20 +274,22 @@ class PerturbedStep:
             losses = self._inner_passes(model, batches, num_items, scale.gradient_factor)
         window.clean_losses = [loss / scale.loss_divisor for loss in losses]
 
-    def _is_joined(self) -> bool:
-        """Whether a micro-batch is only a part of the step's batch."""
-        return max(1, len(self.window.batches)) * self.trainer.accelerator.num_processes > 1
+    def _is_only_a_part(self) -> bool:
+        """Whether the step's batch has more than this micro-batch."""
+        return self.window.size * self.trainer.accelerator.num_processes > 1
 
     def _asks_for_loss_kind(self) -> bool:
         # On a window's first micro-batch: only there, `_is_last` is right about what follows.
-        return self._is_joined() and self.run.loss_kind is None and self.window.measured is None
+        return (
+            self._is_only_a_part() and self.run.loss_kind is None and self.window.measured is None
+        )
 
     @property
     def _loss_kind(self) -> LossKind:
         return self.run.loss_kind or LossKind()
 
     def _find_loss_kind(self, model: nn.Module, inputs: Any, num_items: Count) -> None:
-        self.run.loss_kind = self.parent.loss_kind(
+        self.run.loss_kind = self.parent.find_loss_kind(
             model, inputs, num_items, self._engine, self._tensors, self._is_last()
         )
 
@@ -297,8 +298,7 @@ class PerturbedStep:
     ) -> None:
         """Measures a micro-batch for the rule: its losses, as logged, and its part of the rise."""
         window = self.window
-        size = max(1, len(window.batches))
-        factor = self.parent.mean_factor(size, num_items, self._loss_kind)
+        factor = self.parent.mean_factor(window.size, num_items, self._loss_kind)
         measured = stacked(factor * loss.detach(), factor * perturbed_loss.detach(), linear_rise)
         window.measured = measured if window.measured is None else window.measured + measured
         if self.trainer.accelerator.sync_gradients:  # the last one: the optimizer steps next
@@ -366,7 +366,7 @@ class PerturbedStep:
 
     def _is_last(self) -> bool:
         """Whether the window ends with the micro-batch that Δ is computed on."""
-        return len(self.window.batches) <= 1
+        return self.window.size == 1
 
     def _norm_stats_kept(self) -> contextlib.AbstractContextManager[None]:
         """Around every pass that is not the clean one."""

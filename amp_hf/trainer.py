@@ -41,7 +41,8 @@ class AMPTrainerMixin(_Parent):
     Args:
         amp_config: the perturbation; `None` is `AMPConfig()`. With `epsilon=0` the trainer is its
             parent, bit for bit. `trainer.amp_config` may be replaced between two steps, by a
-            callback that follows a schedule, say; `scope` and `perturb` stay for the whole run.
+            callback that follows a schedule, say; a new `scope` or `perturb` holds from the next
+            `train()` on.
 
     Every other argument is the parent's. The logged `loss` is the clean one, at θ. Beside it stand
     `amp/loss` (at θ + Δ), `amp/sharpness` (their difference) and `amp/delta_norm` (‖Δ‖₂), each the
@@ -52,7 +53,9 @@ class AMPTrainerMixin(_Parent):
     only the script knows goes into `card_details` (`amp_hf.card.CardDetails`).
 
     Raises:
-        ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with.
+        ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with,
+            or an `amp_config` that is none.
+        TypeError: the mixin stands behind its Trainer.
     """
 
     model: Any  # the Trainer's own
@@ -76,7 +79,7 @@ class AMPTrainerMixin(_Parent):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
         self.amp_config = amp_config or AMPConfig()
         self.card_details = CardDetails()
-        self.resumed = False  # if so, `train_runtime` is that of a part
+        self.resumed = False  # if so, `train_runtime` covers a part only
         self._amp_step = PerturbedStep(self, ParentPasses(self, AMPTrainerMixin))
         super().__init__(*args, **kwargs)
         self.callback_handler.callbacks.insert(0, ShowConfig(self))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
@@ -69,7 +69,7 @@ class ImageJob(Job):
             self.rows.label_names,
             self.arguments.image_size,
             self.arguments.from_scratch,
-            cast("dict[str, Any] | None", self.arguments.model_args),  # parsed, no longer a string
+            self.arguments.model_args,
         )
 
     def origin(self) -> tuple[str | None, str | None]:

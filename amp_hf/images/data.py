@@ -38,7 +38,7 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         geometry: resizes and crops a decoded RGB PIL image.
         transform: turns a uint8 batch into the model's input.
-        mirror: from a uint8 batch and its labels to what they are in this epoch.
+        mirror: takes a uint8 batch and its labels, and returns both as they are in this epoch.
         flip: mirrors a uint8 batch, by its indices and the epoch.
         progress: the progress bar's label; `None` shows no bar.
         numbers: each row's number in the original dataset, for error messages.

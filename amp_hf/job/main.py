@@ -30,6 +30,7 @@ def main(
     """Parses the arguments, trains, evaluates, saves, and says where.
 
     Args:
+        job_class: the kind of data.
         parse: called with the next four; returns the job's own arguments, `TrainingArguments` and
             `AMPConfig`, which `job_class` takes.
         defaults: this recipe's, of any argument.
@@ -39,8 +40,8 @@ def main(
     Returns:
         What `all_results.json` holds.
 
-    Exits with one line where something is wrong: with status 2 if it is the arguments or the data,
-    with status 1 if training diverged, which is not pushed at its end, or the push failed.
+    Where something is wrong, exits with one line: with status 2 if it is the arguments or the data;
+    with status 1 if the push failed, or if the training diverged, which is not pushed at its end.
     """
     try:
         job = job_class(*parse(defaults, from_scratch_defaults, description, argv))
