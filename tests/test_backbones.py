@@ -82,5 +82,8 @@ def test_a_saved_model_with_another_head_is_refused_and_one_that_fits_is_loaded(
         build_model(str(tmp_path), ["a", "b", "c"], 24)
     with pytest.raises(ValueError, match=r"^--from_scratch is for a new model.*leave"):
         build_model(str(tmp_path), NAMES, 24, from_scratch=True)
+    for size, expected in ((None, 24), (32, 32)):
+        config = build_model(str(tmp_path), NAMES, size).config
+        assert config.pretrained_cfg["input_size"] == [3, expected, expected]
     state = build_model(str(tmp_path), NAMES, 24).state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())

@@ -28,7 +28,10 @@ class ImageArguments(JobArguments):
     image_column: str | None = field(
         default=None, metadata={"help": "Default: the first column of images."}
     )
-    image_size: int = field(default=128, metadata={"help": "Pixels a side, after resizing."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels a side, after resizing. Default: a saved model's own, or 128."},
+    )
     model_args: dict | str | None = field(
         default=None,
         metadata={"help": "Further arguments of the timm model, in JSON: '{\"patch_size\": 4}'."},

@@ -33,13 +33,14 @@ from . import models
 def build_model(
     name: str,
     label_names: list[str],
-    image_size: int,
+    image_size: int | None,
     from_scratch: bool = False,
     model_args: dict[str, Any] | None = None,
 ) -> TimmWrapperForImageClassification:
     """A classifier for images of `image_size` pixels a side, in float32.
 
     Args:
+        image_size: `None` is that of the saved model, or 128.
         name: a timm model (`"resnet18"`, `"vit_tiny_patch16_224"`, with or without a pretrained
             tag), or a local folder that a model was saved to.
         from_scratch: timm's own initial values instead of pretrained weights from the Hub.
@@ -54,7 +55,9 @@ def build_model(
     model_args = model_args or {}
     if os.path.isdir(name):
         model = _saved_model(name, label_names, image_size, from_scratch, model_args)
+        image_size = model.config.pretrained_cfg["input_size"][-1]
     else:
+        image_size = image_size or 128
         model = _timm_model(name, label_names, image_size, from_scratch, model_args)
     _try_forward(model, name, image_size, len(label_names), model_args)
     return model
@@ -94,7 +97,7 @@ def preprocessing(
 def _saved_model(
     folder: str,
     label_names: list[str],
-    image_size: int,
+    image_size: int | None,
     from_scratch: bool,
     model_args: dict[str, Any],
 ) -> TimmWrapperForImageClassification:
@@ -122,7 +125,8 @@ def _saved_model(
         raise ValueError(
             f"The weights in --model {folder} could not be loaded ({first_line(error)})."
         ) from error
-    model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
+    if image_size is not None:
+        model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
     saved = [str(label) for label in (model.config.id2label or {}).values()]
     if saved != label_names:
         raise ValueError(
