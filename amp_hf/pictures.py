@@ -187,8 +187,10 @@ def draw_reliability(numbers: dict[str, Any]) -> Figure:
 
 
 def save(figure: Figure, numbers: dict[str, Any], path: str | os.PathLike[str]) -> Path:
-    """A PNG at `path`, and the numbers behind it as JSON beside it."""
-    path = Path(path).with_suffix(".png")
+    """A PNG at `path`, which ends in .png or gets it, and the numbers as JSON beside it."""
+    path = Path(path)
+    if path.suffix != ".png":
+        path = path.with_name(f"{path.name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     write_json(numbers, path.with_suffix(".json"))

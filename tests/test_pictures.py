@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from support import ConvNet, differing, digit_batches, make, quadratic_surface, weights
 
@@ -83,6 +84,13 @@ def test_pictures_are_saved_with_their_numbers_and_leave_the_models_alone(tmp_pa
         assert read == numbers and list(read["models"]) == ["ERM", "AMP"]
     for name, surface in models.items():
         assert differing(before[name], weights(surface.model)) == []
+
+
+def test_a_name_with_a_dot_is_kept_whole(tmp_path):
+    for name in ("eps0.1", "eps0.2.png"):
+        save(Figure(), {}, tmp_path / name)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"eps0.1.png", "eps0.1.json", "eps0.2.png", "eps0.2.json"}
 
 
 def test_what_is_not_a_number_is_null_in_the_json(tmp_path):
