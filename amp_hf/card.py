@@ -33,6 +33,7 @@ class CardDetails:
 
     Args:
         dataset: Hub id of the training set, or its name if it is not on the Hub; or several.
+        dataset_config: which of its configurations, if it has several.
         base_model: Hub id of the weights that training began with; `None` for none.
         license: one of the Hub's identifiers.
         baseline: results of the ERM baseline: the same training without perturbation.
@@ -45,6 +46,7 @@ class CardDetails:
     """
 
     dataset: str | list[str] | None = None
+    dataset_config: str | None = None
     base_model: str | None = None
     license: str | None = None
     baseline: Results | None = None
@@ -110,9 +112,9 @@ def _source(record: TrainingRecord) -> Markup:
 
 def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:
     """Completes the metadata."""
-    data.license = details.license or data.license or "unknown"
+    data.license = (details.license or data.license or "unknown").lower()
     if data.license not in LICENSES:
-        data.license_name = re.sub(r"[^\w.-]+", "-", data.license.lower())
+        data.license_name = re.sub(r"[^\w.-]+", "-", data.license)
         data.license = "other"
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = record.task or data.pipeline_tag
@@ -130,6 +132,7 @@ def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:
             task_type=record.task or "other",
             dataset_type=name if markdown.is_hub_id(name) else "other",
             dataset_name=name,
+            dataset_config=details.dataset_config,
             dataset_split=split,
             metric_type=metric,
             metric_name=_METRICS.get(metric, (metric, ""))[0],
@@ -254,11 +257,11 @@ def _count(number: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds, 1), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 _environment = Environment(

@@ -26,6 +26,7 @@ from support import (
 from transformers import EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, Trainer
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
+from amp_hf.card import _duration
 from amp_hf.flatness import Eigenvalue, Flatness, Rise, Trace
 
 FLATNESS = Flatness(
@@ -85,8 +86,12 @@ def test_the_results_are_in_the_metadata(tmp_path):
     trainer = trained(tmp_path)
     trainer.card_details.dataset = "mnist/digits"
     trainer.card_details.base_model = "someone/base"
-    trainer.card_details.license = "apache-2.0"
-    data = card_of(trainer, tasks="image-classification", tags=["mine"]).data
+    trainer.card_details.license = "Apache-2.0"
+    trainer.card_details.dataset_config = "small"
+    card = card_of(trainer, tasks="image-classification", tags=["mine"])
+    assert "[mnist/digits](https://huggingface.co/datasets/mnist/digits) (small)" in card.text
+    data = card.data
+    assert {result.dataset_config for result in data.eval_results} == {"small"}
     assert data.license == "apache-2.0"
     assert data.library_name == "transformers"
     assert data.datasets == ["mnist/digits"]
@@ -344,6 +349,14 @@ def test_what_an_optimizer_keeps_in_its_groups_does_not_stop_the_card(tmp_path):
     trainer = trainer_for(model, tmp_path, trainer={"optimizers": (own, None)})
     trainer.train()
     assert "| `optimizer` | `SGD(momentum=0.9)` |" in card_of(trainer).text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(59.94, "59.9 s"), (59.96, "1 min 0 s"), (119.6, "2 min 0 s"), (3599.7, "1 h 0 min")],
+)
+def test_a_duration_has_no_sixty_seconds(seconds, shown):
+    assert _duration(seconds) == shown
 
 
 def test_small_metrics_are_not_shown_as_zero(tmp_path):

@@ -159,6 +159,24 @@ def test_a_model_that_the_run_would_overwrite_is_refused(tmp_path, data, capsys)
     assert model != tmp_path
 
 
+def test_a_run_that_goes_on_from_another_folder_does_not_mix_with_what_was_in_its_own(
+    tmp_path, data, capsys
+):
+    words = ["--dataset", data, "--save_strategy=epoch"]
+    main(argv=[*SMALL.split(), *words, f"--output_dir={tmp_path / 'other'}"])
+    checkpoint = min((tmp_path / "other").glob("checkpoint-*"))
+    for folder in (tmp_path / "out", tmp_path / "out" / "_erm"):  # of an earlier run
+        (folder / "checkpoint-999").mkdir(parents=True)
+    words += [f"--output_dir={tmp_path / 'out'}", "--resume_from_checkpoint"]
+    main(argv=[*SMALL.split(), *words, str(checkpoint)])
+    assert not (tmp_path / "out" / "_erm").exists()
+    earlier = tmp_path / "out" / "_earlier" / "checkpoint-999"
+    assert earlier.exists() and len(list((tmp_path / "other").glob("checkpoint-*"))) == 2
+    code, line = failure(capsys, *words, str(earlier))
+    assert code == 2 and "lies in a folder that this run replaces: move it" in line
+    assert earlier.exists()
+
+
 def test_less_than_a_batch_for_each_process_cannot_drop_the_last_one(tmp_path, data, capsys):
     words = [f"--dataset={data}", f"--output_dir={tmp_path}", "--max_train_samples=7"]
     words += ["--per_device_train_batch_size=8", "--dataloader_drop_last=true"]
@@ -659,7 +677,22 @@ def test_a_dataset_with_one_image_of_each_class_is_not_divided(tmp_path, capsys)
     parquet_folder(tmp_path, train=10, test=10)  # the digits from 0 to 9
     words = ["--dataset", str(tmp_path), "--validation_fraction=0.5", "--track_length=2"]
     code, line = failure(capsys, *words, "--output_dir", str(tmp_path / "out"))
-    assert code == 2 and "--validation_fraction: no class has more than one image" in line
+    assert code == 2 and "--validation_fraction: no class has more than one row" in line
+
+
+def test_rows_are_held_out_where_a_class_has_only_one_and_where_they_are_few(tmp_path):
+    parquet_folder(tmp_path, train=25, test=10)  # three of the digits 0 to 4, two of the others
+    table = datasets.load_dataset(str(tmp_path))["train"]
+    for numbers, fraction, expected in (
+        ([*range(9), *range(10, 19)], 0.5, 9),  # two of each, but no 9
+        ([*range(10), 10, 20], 0.2, 1),  # one of each, but three zeros
+        ([*range(20)], 0.05, 10),  # one of each is more than a twentieth
+    ):
+        table.select(numbers).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+        argv = [*SMALL.split(), "--dataset", str(tmp_path), f"--validation_fraction={fraction}"]
+        rows = ImageJob(*parse(argv=[*argv, "--output_dir", str(tmp_path / "out")])).rows
+        assert len(rows.validation) == expected
+        assert set(rows.validation["label"]) <= set(rows.train["label"])
 
 
 def test_a_class_too_large_to_compare_all_of_its_images_is_refused(tmp_path, data, monkeypatch):

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from amp_hf import AMPConfig
+from amp_hf.job.saved import origin_on_card
 from amp_hf.text.arguments import parse
 from amp_hf.text.classification import TextJob, main
 
@@ -54,6 +55,20 @@ def results(folder):
     return json.loads((folder / "all_results.json").read_text())
 
 
+def code_printed(capsys):
+    """What the recipe has printed last on how to load the model."""
+    printed = capsys.readouterr().out.rpartition("It loads without amp_hf:")[2]
+    return textwrap.dedent(printed).strip()
+
+
+def nll_by(classify, rows):
+    losses = []
+    for row, scores in zip(rows, classify(rows["what"][:], top_k=None)):
+        (score,) = [each["score"] for each in scores if each["label"] == row["module"]]
+        losses.append(-math.log(score))
+    return sum(losses) / len(losses)
+
+
 def nll(logits, label_names, rows):
     labels = torch.tensor([label_names.index(row["module"]) for row in rows])
     return torch.nn.functional.cross_entropy(logits, labels).item()
@@ -69,12 +84,8 @@ def test_the_text_recipe_trains_tests_compares_and_says_how_to_load(
     out = tmp_path / "out"
     assert f'pipeline("text-classification", model="{out}")' in capsys.readouterr().out
     rows = datasets.load_dataset(data)["test"]
-    classify = pipeline("text-classification", model=str(out), top_k=None)
-    losses = []
-    for row, scores in zip(rows, classify(rows["what"][:])):
-        (score,) = [each["score"] for each in scores if each["label"] == row["module"]]
-        losses.append(-math.log(score))
-    assert sum(losses) / len(losses) == pytest.approx(results(out)["test_nll"], abs=1e-4)
+    classify = pipeline("text-classification", model=str(out))
+    assert nll_by(classify, rows) == pytest.approx(results(out)["test_nll"], abs=1e-4)
     assert AMPConfig.from_json_file(out / "amp_config.json").epsilon == 0.1
 
     card = ModelCard.load(out / "README.md", ignore_metadata_errors=False)
@@ -100,8 +111,7 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
     saved = {path.name for path in tmp_path.iterdir()}
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
     card = (tmp_path / "README.md").read_text()
-    printed = capsys.readouterr().out.partition("It loads without amp_hf:")[2]
-    code = textwrap.dedent(printed).strip()
+    code = code_printed(capsys)
     names = {}
     exec(code, names)
     shown = re.search(r"It loads without amp_hf:\n\n```python\n(.+?)\n```", card, re.DOTALL)
@@ -121,6 +131,42 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
         for model in (job.trainer.model, job.load(str(tmp_path)))
     )
     assert trained == loaded and any("lora_A" in name for name in trained)
+
+
+@pytest.mark.slow
+def test_adapters_on_a_model_with_a_head_for_other_classes_are_measured_and_load(
+    tmp_path, data, encoder, capsys
+):
+    base = shutil.copytree(encoder, tmp_path / "base")
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=5).save_pretrained(base)
+    argv = arguments(data, str(base), tmp_path / "out", "--lora=4", "--flatness")
+    main(argv=[*argv, "--max_train_samples=16"])
+    assert "trace of the Hessian" in (tmp_path / "out" / "README.md").read_text()
+    names = {}
+    exec(code_printed(capsys), names)
+    assert names["classify"]("A text.")[0]["label"] in MODULES
+
+
+@pytest.mark.slow
+def test_adapters_of_an_earlier_run_are_not_loaded_on_top_of_a_whole_model(
+    tmp_path, data, encoder, capsys
+):
+    main(argv=arguments(data, encoder, tmp_path, "--lora=4"))
+    found = main(argv=arguments(data, encoder, tmp_path))
+    names = {}
+    exec(code_printed(capsys), names)
+    rows = datasets.load_dataset(data)["test"]
+    assert nll_by(names["classify"], rows) == pytest.approx(found["test_nll"], abs=1e-4)
+    assert (tmp_path / "_earlier" / "adapter_model.safetensors").exists()
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "transformers"
+
+
+def test_from_scratch_a_model_is_in_float32_whatever_its_config_says(tmp_path, data, encoder):
+    half = shutil.copytree(encoder, tmp_path / "half")
+    AutoConfig.from_pretrained(half, dtype="bfloat16").save_pretrained(half)
+    assert "bfloat16" in (half / "config.json").read_text()
+    job = TextJob(*parse(argv=arguments(data, str(half), tmp_path / "out", "--from_scratch")))
+    assert {each.dtype for each in job.trainer.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.slow
@@ -271,6 +317,32 @@ def test_a_label_of_strings_is_not_taken_for_the_text_and_other_columns_do_not_m
     argv = ["--model", encoder, f"--dataset={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path}"]
     job = TextJob(*parse(argv=argv))
     assert (job.text_columns, job.rows.label_column) == (["what"], "label")
+
+
+def test_of_several_columns_of_strings_the_one_that_is_taken_is_named(tmp_path, encoder, caplog):
+    rows = [{"id": f"row {i}", "what": "a text", "label": i % 2} for i in range(8)]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "ROWS.CSV")
+    argv = ["--model", encoder, f"--dataset={tmp_path / 'ROWS.CSV'}", f"--output_dir={tmp_path}"]
+    job = TextJob(*parse(argv=argv))
+    assert job.text_columns == ["id"] and "The texts are column 'id'" in caplog.text
+    assert "any of ['what']" in caplog.text
+    caplog.clear()
+    TextJob(*parse(argv=[*argv, "--text_column=what"]))
+    assert "The texts are" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("head", "origin"),
+    [
+        ("license: MIT\nbase_model: a/b", ("a/b", "MIT")),
+        ("license: other\nlicense_name: my-own", (None, "my-own")),
+        ("license: [mit, apache-2.0]", (None, None)),
+        ("license: 'mit", (None, None)),
+    ],
+)
+def test_a_base_models_card_of_any_kind_does_not_stop_the_training(tmp_path, head, origin):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# A model\n")
+    assert origin_on_card(str(tmp_path)) == origin
 
 
 def test_a_class_that_is_called_minus_one_is_refused_with_a_remedy(tmp_path, encoder):

@@ -64,8 +64,7 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
         trainer.train_dataset,
         trainer.eval_dataset,
     )
-    resumes = bool(args.resume_from_checkpoint) and os.path.isdir(folder)
-    checkpoint = last_checkpoint(folder) if resumes else None
+    checkpoint = last_checkpoint(folder)  # of this very run: an earlier one's have been deleted
     result = erm.train(checkpoint)
     erm.save_model()
     erm.save_state()

@@ -31,7 +31,7 @@ def load_splits(name: str, config: str | None = None) -> datasets.DatasetDict:
         ValueError: it is out of reach, or broken.
     """
     kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(
-        os.path.splitext(name)[1]
+        os.path.splitext(name)[1].lower()
     )
     try:
         if kind is not None:
@@ -177,18 +177,7 @@ def choose_rows(
     if arguments.validation_fraction:
         check_labels(train, label_column, train[NUMBER])
         numbers, fraction = groups(train, label_column), arguments.validation_fraction
-        if numbers is None:
-            parts = train.train_test_split(
-                fraction, stratify_by_column=label_column, seed=args.seed
-            )
-            train, validation = parts["train"], parts["test"]
-        else:
-            held = _held_out(np.array(train[label_column][:]), numbers, fraction, args.seed)
-            if not held.any():
-                raise ValueError(
-                    "--validation_fraction: no class has more than one image to hold out from."
-                )
-            train, validation = (train.select(np.flatnonzero(x)) for x in (~held, held))
+        train, validation = _divided(train, label_column, numbers, fraction, args.seed)
     tests = {name: numbered[name] for name in ["test", *arguments.eval_splits] if name in numbered}
     if "test" in tests and set(tests["test"][label_column]) <= {-1, None}:
         if args.process_index == 0:
@@ -201,6 +190,28 @@ def choose_rows(
         tests={name: _some(rows, few, seed) for name, rows in tests.items()},
         label_column=label_column,
     )
+
+
+def _divided(
+    rows: datasets.Dataset,
+    label_column: str,
+    groups: np.ndarray | None,
+    fraction: float,
+    seed: int,
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """What to train on and what to hold out: a share of each class, in whole groups."""
+    labels = np.array(rows[label_column][:])
+    sizes = np.unique(labels, return_counts=True)[1]
+    count, classes = math.ceil(fraction * len(rows)), len(sizes)
+    if groups is None and min(sizes) > 1 and classes <= count <= len(rows) - classes:
+        parts = rows.train_test_split(fraction, stratify_by_column=label_column, seed=seed)
+        return parts["train"], parts["test"]
+    held = _held_out(labels, np.arange(len(rows)) if groups is None else groups, fraction, seed)
+    if not held.any():
+        raise ValueError(
+            "--validation_fraction: no class has more than one row, or track, to hold out from."
+        )
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 def _held_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -161,9 +161,22 @@ class Job(ABC):
         return CardDetails(
             # A local path is of no use to others, and its name alone might be a Hub id.
             dataset=f"{Path(name).absolute().name} (local)" if os.path.exists(name) else name,
+            dataset_config=self.arguments.dataset_config,
             base_model=base_model,
             license=self.arguments.license or license,
         )
+
+
+# Adapters that lie beside a whole model are loaded on top of it, and the Trainer asks the card that
+# is there for the library.
+_OF_A_RUN = (
+    "checkpoint-*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "adapter_config.json",
+    "README.md",
+)
 
 
 def baseline_folder(args: TrainingArguments) -> str:
@@ -182,20 +195,26 @@ def last_checkpoint(folder: str) -> str | None:
     return None if last is None else str(last)
 
 
-def set_earlier_run_aside(args: TrainingArguments) -> None:
-    """What this run must not be resumed from: an earlier one's checkpoints, and its ERM baseline.
+def begins_here(args: TrainingArguments) -> bool:
+    """Whether what lies in the output folder is an earlier run's, and not that of this one."""
+    checkpoint = args.resume_from_checkpoint
+    return checkpoint is None or not Path(checkpoint).parent.samefile(str(args.output_dir))
 
-    The checkpoints stay in the folder `_earlier`, until the next run.
+
+def set_earlier_run_aside(args: TrainingArguments) -> None:
+    """What would mix with this run: an earlier one's model, checkpoints and ERM baseline.
+
+    Model and checkpoints stay in the folder `_earlier`, until the next run.
     """
     shutil.rmtree(baseline_folder(args), ignore_errors=True)
     folder = Path(str(args.output_dir))
-    if checkpoints := list(folder.glob("checkpoint-*")):
+    if found := [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]:
         earlier = folder / "_earlier"
         shutil.rmtree(earlier, ignore_errors=True)
         earlier.mkdir()
-        for checkpoint in checkpoints:
-            checkpoint.rename(earlier / checkpoint.name)
-        print(f"The checkpoints of an earlier run are now in {earlier}.")
+        for path in found:
+            path.rename(earlier / path.name)
+        print(f"An earlier run's model and checkpoints are now in {earlier}.")
 
 
 def _check_writable(folder: str) -> None:
@@ -236,12 +255,19 @@ def _check_evaluation(args: TrainingArguments) -> None:
 
 def _check_model(model: str, output_dir: str) -> None:
     """The ERM baseline, and a resumed run, must find it as it was when the training began."""
-    folder = Path(output_dir).resolve()
-    if os.path.isdir(model) and folder in (path := Path(model).resolve(), *path.parents):
+    if os.path.isdir(model) and _is_of_a_run(Path(model).resolve(), Path(output_dir).resolve()):
         raise ValueError(
             f"--model {model!r} lies in --output_dir, whose models and checkpoints this run "
             "overwrites or moves: choose another --output_dir."
         )
+
+
+def _is_of_a_run(folder: Path, output: Path) -> bool:
+    """Whether a run into `output` overwrites, moves or deletes `folder`. Both are resolved."""
+    return folder == output or (
+        output in folder.parents
+        and folder.relative_to(output).parts[0].startswith(("checkpoint-", "_"))
+    )
 
 
 def _find_checkpoint(args: TrainingArguments) -> str | None:
@@ -257,5 +283,11 @@ def _find_checkpoint(args: TrainingArguments) -> str | None:
         raise ValueError(
             f"--resume_from_checkpoint {wanted}: no checkpoint there (--output_dir is "
             f"{args.output_dir!r})."
+        )
+    parent, output = Path(found).resolve().parent, Path(str(args.output_dir)).resolve()
+    if parent != output and _is_of_a_run(parent, output):
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted} lies in a folder that this run replaces: move it "
+            f"into {args.output_dir!r} itself, or choose another --output_dir."
         )
     return found

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ..markdown import literal
 from ..trainer import AMPTrainer
 from .data import DataError
-from .job import Job, set_earlier_run_aside
+from .job import Job, begins_here, set_earlier_run_aside
 from .pushing import HubError
 
 
@@ -62,7 +62,7 @@ def main(
 def _train_and_evaluate(job: Job) -> dict[str, float]:
     """Saves after each step, so that a later one that fails loses nothing."""
     trainer = job.trainer
-    if not trainer.args.resume_from_checkpoint and trainer.is_world_process_zero():
+    if begins_here(trainer.args) and trainer.is_world_process_zero():
         set_earlier_run_aside(trainer.args)
     evaluated: dict[str, Any] = dict(job.tests)
     if trainer.eval_dataset is not None:

@@ -6,15 +6,22 @@ import os
 from typing import Any
 
 import safetensors.torch
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard
 from torch import nn
 
 
 def origin_on_card(folder: str) -> tuple[str | None, str | None]:
     """Hub id and license of the base model, as far as the folder's card says them."""
     path = os.path.join(folder, "README.md")
-    data: Any = ModelCard.load(path).data if os.path.isfile(path) else ModelCardData()
-    return data.base_model, data.license
+    if not os.path.isfile(path):
+        return None, None
+    try:
+        data: Any = ModelCard.load(path).data
+    except (ValueError, yaml.YAMLError):  # no card of the Hub's
+        return None, None
+    license = data.license_name if data.license == "other" else data.license
+    return data.base_model, license if isinstance(license, str) else None
 
 
 def load_weights(model: nn.Module, folder: str) -> nn.Module:

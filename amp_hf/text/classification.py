@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,6 +34,8 @@ from ..job.saved import first_line, load_weights, origin_on_card
 from ..trainer import AMPTrainer
 from .arguments import parse
 
+logger = get_logger(__name__)  # of the main process alone
+
 STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
 
 
@@ -44,6 +47,11 @@ class TextJob(Job):
     def input_columns(self, features: datasets.Features) -> list[str]:
         chosen = self.arguments
         strings = [name for name in features if features[name] in STRINGS]
+        if not chosen.text_column and len(strings) > 1:
+            logger.warning(
+                f"The texts are column {strings[0]!r}. With --text_column they may also be any of "
+                f"{strings[1:]}."
+            )
         self.text_columns = [
             find_column(chosen.dataset, features, "text", name, strings)
             for name in chosen.text_column or [None]
@@ -66,7 +74,7 @@ class TextJob(Job):
                 problem_type="single_label_classification",
             )
             if chosen.from_scratch:
-                return AutoModelForSequenceClassification.from_config(config)
+                return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 chosen.model,
                 config=config,
@@ -134,7 +142,11 @@ class TextJob(Job):
 
             labels = len(self.rows.label_names)
             return AutoPeftModelForSequenceClassification.from_pretrained(
-                folder, num_labels=labels, is_trainable=True, dtype=torch.float32
+                folder,
+                num_labels=labels,
+                ignore_mismatched_sizes=True,  # the base's head: that of the adapters comes after
+                is_trainable=True,
+                dtype=torch.float32,
             )
         config = AutoConfig.from_pretrained(folder)
         return load_weights(getattr(transformers, config.architectures[0])(config), folder)
@@ -153,7 +165,7 @@ class TextJob(Job):
             "from transformers import AutoTokenizer, pipeline\n"
             f"names = {self.rows.label_names}\n"
             "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
-            f"    {folder}, id2label=dict(enumerate(names))\n"
+            f"    {folder}, id2label=dict(enumerate(names)), ignore_mismatched_sizes=True\n"
             ")\n"
             f"tokenizer = AutoTokenizer.from_pretrained({folder})\n"
             'classify = pipeline("text-classification", model=model, tokenizer=tokenizer)'
