@@ -124,7 +124,7 @@ class AMPConfig:
 
     @classmethod
     def for_budget(cls, budget: float) -> AMPConfig:
-        """`AMPConfig()` with fewer ascents: at most `budget` times the stock Trainer's passes.
+        """`AMPConfig()` with fewer ascents: `budget` times the stock Trainer's passes at most.
 
         An ascent costs one further pass. Every k-th step of the last part of the training has one,
         and the steps between reuse its Δ. That part is as near to 60 % of the training as a whole k
@@ -133,8 +133,8 @@ class AMPConfig:
         recipes/measurements/README.md has the measurements, and says where this loses.
 
         Args:
-            budget: > 1. Moving the parameters comes on top (measured there, too), and so does the
-                ascent that follows a checkpoint.
+            budget: > 1, rounded up to whole passes. Moving the parameters comes on top (measured
+                there, too), and so does the ascent that follows a checkpoint.
 
         Raises:
             ValueError: any other budget.

@@ -85,5 +85,9 @@ def test_a_saved_model_with_another_head_is_refused_and_one_that_fits_is_loaded(
     for size, expected in ((None, 24), (32, 32)):
         config = build_model(str(tmp_path), NAMES, size).config
         assert config.pretrained_cfg["input_size"] == [3, expected, expected]
+    model.config.pretrained_cfg.pop("input_size")
+    model.config.save_pretrained(tmp_path)
+    config = build_model(str(tmp_path), NAMES, None).config
+    assert config.pretrained_cfg["input_size"] == [3, 128, 128]
     state = build_model(str(tmp_path), NAMES, 24).state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())

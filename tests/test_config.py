@@ -230,6 +230,8 @@ def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
     config = AMPConfig.for_budget(budget)
     passes = 1 + len(ascents(10_000, **config.to_dict())) / 10_000
     assert passes == pytest.approx(min(budget, 1.3), abs=1e-3)
+    for steps in (10, 30, 50, 110):  # not a whole pass more than that
+        assert len(ascents(steps, **config.to_dict())) < (min(budget, 1.3) - 1) * steps + 1
     perturbed = sum(config.perturbs_at(step, 10_000) for step in range(10_000)) / 10_000
     assert perturbed >= min(0.475, 5.99 * (budget - 1))
     assert config.ascent_start >= START  # earlier ones would not be made, and so not spent

@@ -26,7 +26,7 @@ from processes import on_ranks
 from recipe_worker import run_recipe
 from scripts import RECIPES, error_of, main_of, run_here
 from support import differing, needs_schedule_free
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainingArguments
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.compat import computes_in_bf16
@@ -172,9 +172,40 @@ def test_a_run_that_goes_on_from_another_folder_does_not_mix_with_what_was_in_it
     assert not (tmp_path / "out" / "_erm").exists()
     earlier = tmp_path / "out" / "_earlier" / "checkpoint-999"
     assert earlier.exists() and len(list((tmp_path / "other").glob("checkpoint-*"))) == 2
-    code, line = failure(capsys, *words, str(earlier))
-    assert code == 2 and "lies in a folder that this run replaces: move it" in line
+    for wanted in (earlier, tmp_path / "out"):
+        code, line = failure(capsys, *words, str(wanted))
+        assert code == 2 and "is, or lies in, a folder that this run replaces: move it" in line
     assert earlier.exists()
+
+
+def test_a_checkpoint_may_be_a_link_or_be_linked_to(tmp_path, monkeypatch):
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    for folder in (out / "checkpoint-5", scratch / "checkpoint-10"):
+        folder.mkdir(parents=True)
+    (out / "checkpoint-10").symlink_to(scratch / "checkpoint-10")
+    (tmp_path / "best").symlink_to(out / "checkpoint-5")
+    monkeypatch.chdir(out / "checkpoint-5")
+    for wanted in (out / "checkpoint-10", f"{out}/checkpoint-5/", tmp_path / "best", "."):
+        args = TrainingArguments(str(out), resume_from_checkpoint=str(wanted), use_cpu=True)
+        assert not amp_job.begins_here(args)
+    for wanted in (None, str(scratch / "checkpoint-10")):
+        args = TrainingArguments(str(out), resume_from_checkpoint=wanted, use_cpu=True)
+        assert amp_job.begins_here(args)
+
+
+def test_only_what_a_run_writes_is_set_aside(tmp_path):
+    (tmp_path / "_earlier").mkdir()
+    (tmp_path / "_earlier" / "model.safetensors").touch()
+    for name in ("my_base.safetensors", "README.md", "config.json"):
+        (tmp_path / name).touch()
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    amp_job.set_earlier_run_aside(args)
+    assert not (tmp_path / "_earlier" / "README.md").exists()
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    amp_job.set_earlier_run_aside(args)
+    moved = {path.name for path in (tmp_path / "_earlier").iterdir()}
+    assert moved == {"model-00001-of-00002.safetensors", "README.md", "config.json"}
+    assert (tmp_path / "my_base.safetensors").exists()
 
 
 def test_less_than_a_batch_for_each_process_cannot_drop_the_last_one(tmp_path, data, capsys):

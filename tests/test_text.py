@@ -338,6 +338,8 @@ def test_of_several_columns_of_strings_the_one_that_is_taken_is_named(tmp_path, 
         ("license: other\nlicense_name: my-own", (None, "my-own")),
         ("license: [mit, apache-2.0]", (None, None)),
         ("license: 'mit", (None, None)),
+        ("1: 2", (None, None)),
+        ("base_model: [{a: b}]", (None, None)),
     ],
 )
 def test_a_base_models_card_of_any_kind_does_not_stop_the_training(tmp_path, head, origin):

@@ -125,8 +125,8 @@ def _saved_model(
         raise ValueError(
             f"The weights in --model {folder} could not be loaded ({first_line(error)})."
         ) from error
-    if image_size is not None:
-        model.config.pretrained_cfg["input_size"] = [3, image_size, image_size]
+    size = image_size or model.config.pretrained_cfg.get("input_size", [128])[-1]
+    model.config.pretrained_cfg["input_size"] = [3, size, size]
     saved = [str(label) for label in (model.config.id2label or {}).values()]
     if saved != label_names:
         raise ValueError(

@@ -27,7 +27,7 @@ from ..pictures import (
 )
 from ..record import results_of
 from ..trainer import AMPTrainer
-from .job import Job, baseline_folder, last_checkpoint
+from .job import Job, baseline_folder, begins_here, last_checkpoint
 from .pushing import RecipeTrainer
 
 Sets = dict[str, Any]  # datasets, by the name that their metrics begin with
@@ -64,7 +64,7 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
         trainer.train_dataset,
         trainer.eval_dataset,
     )
-    checkpoint = last_checkpoint(folder)  # of this very run: an earlier one's have been deleted
+    checkpoint = None if begins_here(trainer.args) else last_checkpoint(folder)
     result = erm.train(checkpoint)
     erm.save_model()
     erm.save_state()

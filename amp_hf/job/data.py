@@ -226,9 +226,11 @@ def _held_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int
         wanted = fraction * sizes.sum()
         *order, _ = random.permutation(len(numbers))
         chosen: list[int] = []
+        count = 0
         for i in order:
-            if sizes[chosen].sum() + sizes[i] / 2 <= wanted:
+            if count + sizes[i] / 2 <= wanted:
                 chosen.append(i)
+                count += sizes[i]
         held |= np.isin(groups, numbers[chosen or order[:1]])
     return held
 

@@ -171,8 +171,9 @@ class Job(ABC):
 # is there for the library.
 _OF_A_RUN = (
     "checkpoint-*",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "adapter_model*.safetensors",
     "config.json",
     "adapter_config.json",
     "README.md",
@@ -198,7 +199,12 @@ def last_checkpoint(folder: str) -> str | None:
 def begins_here(args: TrainingArguments) -> bool:
     """Whether what lies in the output folder is an earlier run's, and not that of this one."""
     checkpoint = args.resume_from_checkpoint
-    return checkpoint is None or not Path(checkpoint).parent.samefile(str(args.output_dir))
+    return checkpoint is None or Path(str(args.output_dir)).resolve() not in _parents(checkpoint)
+
+
+def _parents(checkpoint: str) -> tuple[Path, Path]:
+    """The folder that a checkpoint is in: by its name, and where links lead to."""
+    return Path(os.path.abspath(checkpoint)).parent.resolve(), Path(checkpoint).resolve().parent
 
 
 def set_earlier_run_aside(args: TrainingArguments) -> None:
@@ -208,7 +214,8 @@ def set_earlier_run_aside(args: TrainingArguments) -> None:
     """
     shutil.rmtree(baseline_folder(args), ignore_errors=True)
     folder = Path(str(args.output_dir))
-    if found := [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]:
+    found = [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]
+    if any(path.is_dir() or path.suffix == ".safetensors" for path in found):
         earlier = folder / "_earlier"
         shutil.rmtree(earlier, ignore_errors=True)
         earlier.mkdir()
@@ -284,10 +291,10 @@ def _find_checkpoint(args: TrainingArguments) -> str | None:
             f"--resume_from_checkpoint {wanted}: no checkpoint there (--output_dir is "
             f"{args.output_dir!r})."
         )
-    parent, output = Path(found).resolve().parent, Path(str(args.output_dir)).resolve()
-    if parent != output and _is_of_a_run(parent, output):
+    output = Path(str(args.output_dir)).resolve()
+    if output not in _parents(found) and _is_of_a_run(Path(found).resolve(), output):
         raise ValueError(
-            f"--resume_from_checkpoint {wanted} lies in a folder that this run replaces: move it "
-            f"into {args.output_dir!r} itself, or choose another --output_dir."
+            f"--resume_from_checkpoint {wanted} is, or lies in, a folder that this run replaces: "
+            f"move it into {args.output_dir!r} itself, or choose another --output_dir."
         )
     return found

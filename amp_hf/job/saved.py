@@ -18,10 +18,11 @@ def origin_on_card(folder: str) -> tuple[str | None, str | None]:
         return None, None
     try:
         data: Any = ModelCard.load(path).data
-    except (ValueError, yaml.YAMLError):  # no card of the Hub's
+    except (TypeError, ValueError, yaml.YAMLError):  # no card of the Hub's
         return None, None
     license = data.license_name if data.license == "other" else data.license
-    return data.base_model, license if isinstance(license, str) else None
+    base = data.base_model if isinstance(data.base_model, str) else None
+    return base, license if isinstance(license, str) else None
 
 
 def load_weights(model: nn.Module, folder: str) -> nn.Module:
