@@ -63,6 +63,9 @@ def main() -> None:
             raise ValueError("--epsilon is what is searched for: leave it out.")
         if args.eval_strategy != "no":
             raise ValueError("--eval_strategy must be no: the search evaluates by itself.")
+        for name in ("push_to_hub", "hub_token", "resume_from_checkpoint"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} is for the training that follows: leave it out here.")
         trainer = ImageJob(images, args, amp_config).trainer
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"search_epsilon.py: error: {error}")

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import hub_worker
@@ -24,6 +25,7 @@ from processes import on_ranks
 from scripts import RECIPES, run_here
 from support import MLP, always, differing, make, on, trainer_for, weights
 from transformers import Trainer
+from transformers.utils import PushInProgress
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.images.classification import main
@@ -340,6 +342,25 @@ def test_a_push_that_fails_amid_the_training_is_reported_and_the_training_goes_o
     (record,) = [record for record in caplog.records if record.name == "amp_hf.job.pushing"]
     assert f"A push to {REPO} failed: 403 Forbidden" in record.message
     assert "hf upload" in record.message
+
+
+def test_what_an_upload_still_reads_stays_as_it_is(tmp_path, hub):
+    trainer = pushing(tmp_path / "out", hub, hub_strategy="every_save")
+    trainer.save_model(tmp_path / "checkpoint", _internal_call=True)
+    trainer.push_in_progress = PushInProgress([Future()])
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert not (tmp_path / "out" / "README.md").exists()
+    trainer.push_in_progress.jobs[0].set_result(None)
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint"))
+    trainer.push_in_progress.wait_until_done()
+    assert "README.md" in hub.files(REPO)
+
+
+def test_a_pull_request_is_pushed_to_and_no_branch_is_made_for_it(tmp_path, hub):
+    trainer = pushing(tmp_path, hub, hub_revision="refs/pr/1")
+    trainer._ensure_branch("mine", None)
+    made = [path for method, path, _ in hub.requests if "/branch/" in path]
+    assert trainer.hub_model_id == REPO and len(made) == 1 and made[0].endswith("/branch/mine")
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])

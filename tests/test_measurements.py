@@ -256,6 +256,31 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_row_whose_radius_sets_itself_is_not_timed_where_it_would_stay_plain(tmp_path):
+    rows = {"AMP()": plan.Row(), "budget 1.15": plan.Row("--budget 1.15")}
+    options = plan.RunArguments(rounds=1)
+    timed = runs.Runs(frontier.SETTINGS, rows, options, tmp_path / "x.json")
+    timed.time([("gtsrb", "AMP()"), ("gtsrb", "budget 1.15")])
+    assert timed.found["times"] == {}
+
+
+def test_only_the_data_of_what_is_run_must_be_there(tmp_path):
+    (tmp_path / "gtsrb").mkdir()
+    options = plan.RunArguments(data=str(tmp_path))
+    found = runs.Runs(frontier.SETTINGS, frontier.ROWS, options, tmp_path / "x.json")
+    found.fill([("gtsrb", "ERM")], seeds=[])
+    with pytest.raises(ValueError, match="has no folder 'cifar10'"):
+        found.fill([("gtsrb", "ERM"), ("cifar10", "ERM")], seeds=[])
+
+
+def test_a_frontier_without_erm_is_drawn(tmp_path):
+    run = dict(setting="gtsrb", row="AMP, ε 0.1", seed=0, accuracy=0.8, nll=0.5, ece=0.1)
+    times = {"gtsrb": {"ERM": [1.0], "AMP, ε 0.1": [2.0]}}
+    (tmp_path / "frontier.json").write_text(json.dumps({"runs": [run], "times": times}))
+    frontier.plot(saved_runs(frontier, tmp_path), tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").exists()
+
+
 def test_the_tables_of_the_frontier_are_those_of_its_results():
     found = saved_runs(frontier)
     text = (MEASUREMENTS / "README.md").read_text()
@@ -327,7 +352,8 @@ def test_the_comparison_goes_on_where_it_was_and_makes_its_tables(tmp_path, monk
     assert all("eigenvalue" not in run for run in first)
     tuned = [run for run in first if erm_settings.SETTINGS[run["setting"]].base]
     assert "--model gtsrb_test_resnet_short" in tuned[0]["command"]
-    assert (tmp_path / "cache" / "gtsrb_test_resnet_short" / "model.safetensors").exists()
+    cached = list((tmp_path / "cache").glob("*/gtsrb_test_resnet_short/model.safetensors"))
+    assert len(cached) == 1  # which another copy of the data does not share
     assert tuned[0]["nll"] != first[0]["nll"]
     main_of(erm_comparison, monkeypatch, *words, "--seeds", 0, 1)
     found = json.loads((tmp_path / "erm_comparison.json").read_text())["runs"]

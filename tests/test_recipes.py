@@ -780,6 +780,8 @@ def test_a_process_of_the_digits_recipe_ends_with_code_1_and_one_line():
         (search_epsilon, ["--lowest=2"], "below --highest, and --highest finite, got 2.0, 1.0"),
         (search_epsilon, ["--highest=inf"], "below --highest, and --highest finite, got 0.02, inf"),
         (search_epsilon, ["--epsilon=0.3"], "--epsilon is what is searched for: leave it out."),
+        (search_epsilon, ["--push_to_hub"], "--push_to_hub is for the training that follows"),
+        (search_epsilon, ["--hub_token=x"], "--hub_token is for the training that follows"),
         (search_epsilon, ["--eval_strategy=epoch"], "--eval_strategy must be no: "),
         (search_epsilon, ["--validation_fraction=0"], "--validation_fraction must be above 0: "),
         (search_epsilon, ["--model=resnet8", "--dataset", "{data}"], "did you mean resnet18"),

@@ -110,6 +110,9 @@ class RecipeTrainer(AMPTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        push = self.push_in_progress
+        if push is not None and not push.is_done() and not self.args.hub_always_push:
+            return  # as the parent does: that upload still reads these files
         folder = Path(checkpoint_folder)
         # The parent copies weights and transformers' own configs.
         for own in (folder / AMP_CONFIG_NAME, *folder.glob("*.py")):
@@ -147,7 +150,8 @@ class RecipeTrainer(AMPTrainer):
         return f"The model is safe in {folder}; this pushes it again{login}: {shlex.join(words)}"
 
     def _ensure_branch(self, name: str | None, token: str | None) -> None:
-        if name and self.is_world_process_zero():
+        # Names such as refs/pr/1 are no branches, and only the Hub makes them.
+        if name and not name.startswith("refs/") and self.is_world_process_zero():
             token = token or self.args.hub_token
             create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
 

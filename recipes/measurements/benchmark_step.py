@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import datasets
@@ -246,6 +247,8 @@ def main() -> None:
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         sys.exit(f"benchmark_step.py: error: {error}")
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     results = []
     for workload in options.workloads:

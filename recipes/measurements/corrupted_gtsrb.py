@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -49,18 +50,27 @@ def main() -> None:
             "'setuptools<81'"
         )
     folder = Path(options.output, "data")  # where datasets looks for splits of any name
+    if folder.exists():
+        sys.exit(f"corrupted_gtsrb.py: error: --output: {folder} exists. Name a new folder.")
     try:
         splits = load_splits(options.dataset)
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        sys.exit(f"corrupted_gtsrb.py: error: --output: {folder} exists. Name a new folder.")
     except ValueError as error:
         sys.exit(f"corrupted_gtsrb.py: error: {error}")
-    for name in ("train", "test"):
-        splits[name].to_parquet(folder / f"{name}-00000-of-00001.parquet")
-    for name in CORRUPTIONS:
-        rows = corrupted(splits["test"], name, options.severity)
-        rows.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    if not {"train", "test"} <= splits.keys() or "image" not in splits["test"].features:
+        sys.exit(
+            f"corrupted_gtsrb.py: error: --dataset {options.dataset} must have splits train and "
+            "test with a column 'image', as the Hub's GTSRB has."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        part = Path(temporary, "data")  # nobody takes a half of it for the whole
+        part.mkdir()
+        for name in ("train", "test"):
+            splits[name].to_parquet(part / f"{name}-00000-of-00001.parquet")
+        for name in CORRUPTIONS:
+            rows = corrupted(splits["test"], name, options.severity)
+            rows.to_parquet(part / f"{name}-00000-of-00001.parquet")
+        part.rename(folder)
     print(f"Saved {options.output}: train, test, {', '.join(CORRUPTIONS)}")
 
 

@@ -106,7 +106,7 @@ def table(runs: Runs, key: str) -> str:
 def plot(runs: Runs, path: Path) -> None:
     """Accuracy, NLL and calibration error against training time; bars are standard deviations."""
     columns = {"accuracy": "test accuracy, %", "nll": "test NLL, nats", "ece": "calibration error"}
-    keys = [key for key in SETTINGS if runs.values(key, "ERM", "accuracy")]
+    keys = [key for key in SETTINGS if any(runs.values(key, name, "accuracy") for name in ROWS)]
     figure, axes = plt.subplots(
         len(keys), 3, figsize=(13, 4.2 * len(keys)), squeeze=False, layout="constrained"
     )

@@ -133,6 +133,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes the child along
     end = time.monotonic() + 60 * options.minutes
     path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
     device = torch.cuda.get_device_name()
     for name, words in jobs(options.data).items():

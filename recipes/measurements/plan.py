@@ -80,13 +80,17 @@ class Row:
     curvature: bool = False
 
     @property
+    def sets_itself(self) -> bool:
+        return self.epsilon is None and not self.chosen_epsilon
+
+    @property
     def passes(self) -> float:
         """Forward and backward passes of a training, as a multiple of ERM's."""
         if "--budget" in self.argv:
             per_step = float(self.argv.split()[-1])
         elif self.epsilon == 0:
             per_step = 1.0
-        elif self.epsilon is None and not self.chosen_epsilon:
+        elif self.sets_itself:
             per_step = 1.8  # all but the first 20 %, where the data are learnt early
         else:
             per_step = 2.0

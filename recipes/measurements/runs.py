@@ -12,6 +12,7 @@ import shlex
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,16 @@ class Runs:
         self.path = Path(options.output) if options.output else path
         check_names("settings", options.settings or (), settings)
         check_names("rows", options.rows or (), rows)
-        options.check_data(settings[key] for key in options.settings or settings)
+        options.check_data(settings[key] for key in options.settings or ())
         self._read()
 
     def fill(self, cells: Cells, seeds: Iterable[int]) -> None:
         """Runs what the file does not hold yet."""
         cells = list(cells)
-        for key in dict.fromkeys(key for key, _ in cells):
+        keys = list(dict.fromkeys(key for key, _ in cells))
+        if not self.options.settings:
+            self.options.check_data(self.settings[key] for key in keys)
+        for key in keys:
             if lack := self.options.lack(self.settings[key]):
                 print(f"{key}: left out. {lack}")
         chosen = self._chosen(cells)
@@ -84,10 +88,13 @@ class Runs:
                     found["runs"].append(result)
 
     def time(self, cells: Cells) -> None:
-        """Times what has not been timed yet, in short trainings."""
+        """Times what has not been timed yet, in short trainings.
+
+        Leaves out rows whose radius sets itself: it would leave most of such trainings plain.
+        """
         by_setting: dict[str, list[str]] = {}
         for key, name in self._chosen(cells):
-            if self.time_ratio(key, name) is None:
+            if self.time_ratio(key, name) is None and not self.rows[name].sets_itself:
                 by_setting.setdefault(key, ["ERM"]).append(name)
         for key, names in by_setting.items() if self.options.rounds else ():
             ratios = self._times(key, list(dict.fromkeys(names)))
@@ -205,7 +212,9 @@ class Runs:
             trainer.train()
             trainer.save_model(str(folder))
 
-        return _made_once(key.replace(" ", "_"), train)
+        source = self.options.source(self.settings[key].dataset)
+        made_of = shlex.join([os.path.abspath(source), *self.arguments(key, "ERM", 0)])
+        return _made_once(f"{zlib.crc32(made_of.encode()):08x}/{key.replace(' ', '_')}", train)
 
     def command(self, key: str, name: str, seed: int) -> str:
         """As a user types it who takes the data sets from the Hub.
@@ -221,7 +230,8 @@ class Runs:
         words = [script, *self.arguments(key, name, seed)]
         if setting.dataset in (DIGITS, SECTIONS):
             words += ["--dataset", setting.dataset]
-        return shlex.join(word.removeprefix(f"{CACHE}/") for word in words)
+        names = (os.path.basename(word) if word.startswith(CACHE) else word for word in words)
+        return shlex.join(names)
 
     def _times(self, key: str, names: list[str]) -> dict[str, list[float]]:
         """Ratios to ERM's training time in the same round, by row."""
@@ -267,7 +277,7 @@ def _recipe_of(setting: Setting) -> str:
 def _made_once(name: str, make: Callable[[Path], object]) -> str:
     """A folder that all processes share; no process sees it half made."""
     folder = Path(CACHE, name)
-    folder.parent.mkdir(exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             part = Path(tempfile.mkdtemp(dir=CACHE))
