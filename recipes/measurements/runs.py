@@ -213,7 +213,8 @@ class Runs:
             trainer.save_model(str(folder))
 
         source = self.options.source(self.settings[key].dataset)
-        made_of = shlex.join([os.path.abspath(source), *self.arguments(key, "ERM", 0)])
+        place = os.path.abspath(source) if os.path.isdir(source) else source  # or on the Hub
+        made_of = shlex.join([place, *self.arguments(key, "ERM", 0)])
         return _made_once(f"{zlib.crc32(made_of.encode()):08x}/{key.replace(' ', '_')}", train)
 
     def command(self, key: str, name: str, seed: int) -> str:
