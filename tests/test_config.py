@@ -225,7 +225,9 @@ def test_radius_zero_never_perturbs(reuse):
     assert not any(config.perturbs_at(step, 10) for step in range(10))
 
 
-@pytest.mark.parametrize("budget", [1.01, 1.05, 1.1, 1.15, 1.2, 1.24, 1.28, 1.3, 1.5, 2, 3])
+@pytest.mark.parametrize(
+    "budget", [1.01, 1.05, 1.1, 1.15, 1.2, 1.24, 1.28, 1.3, 1.5, 1.55, 1.6, 1.9, 2, 3]
+)
 def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
     config = AMPConfig.for_budget(budget)
     passes = 1 + len(ascents(10_000, **config.to_dict())) / 10_000
@@ -233,7 +235,8 @@ def test_a_budget_is_spent_on_ascents_and_not_overdrawn(budget):
     for steps in (10, 30, 50, 110):  # not a whole pass more than that
         assert len(ascents(steps, **config.to_dict())) < (min(budget, 1.3) - 1) * steps + 1
     perturbed = sum(config.perturbs_at(step, 10_000) for step in range(10_000)) / 10_000
-    assert perturbed >= min(0.475, 5.99 * (budget - 1))
+    least = 0.475 if 1.2 < budget < 1.3 else 0.55  # where no whole k comes nearer to 60 %
+    assert perturbed >= min(least, 5.99 * (budget - 1))
     assert config.ascent_start >= START  # earlier ones would not be made, and so not spent
     assert config.ascent_every <= 6
 
