@@ -347,6 +347,7 @@ def test_a_push_that_fails_amid_the_training_is_reported_and_the_training_goes_o
 def test_what_an_upload_still_reads_stays_as_it_is(tmp_path, hub):
     trainer = pushing(tmp_path / "out", hub, hub_strategy="every_save")
     trainer.save_model(tmp_path / "checkpoint", _internal_call=True)
+    trainer.state.epoch = 1.0  # as amid a training
     trainer.push_in_progress = PushInProgress([Future()])
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint"))
     assert not (tmp_path / "out" / "README.md").exists()
