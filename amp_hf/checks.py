@@ -93,20 +93,21 @@ def _unsupported(what: str) -> ValueError:
 def _check_deepspeed(plugin: Any) -> None:
     config = plugin.deepspeed_config
     for section in ("bf16", "fp16"):
-        if str(config.get(section, {}).get("enabled")).lower() == "true":
+        if str((config.get(section) or {}).get("enabled")).lower() == "true":
             raise ValueError(
                 f"DeepSpeed's {section} keeps the parameters in half precision, in which a "
                 f"perturbation would round away: without {section}, pass a DeepSpeed file with "
                 '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} as TrainingArguments\' '
                 "deepspeed."
             )
-    autocast = config.get("torch_autocast", {})
+    autocast = config.get("torch_autocast") or {}
     if autocast.get("enabled") and "bf" not in str(autocast.get("dtype", "bf16")):
         raise ValueError(
             "AMPTrainer does not know the loss scale of DeepSpeed's torch_autocast in "
             f"{autocast['dtype']}: set its dtype to bfloat16."
         )
-    if config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
+    offload = (config.get("zero_optimization") or {}).get("offload_param") or {}
+    if offload.get("device") == "nvme":
         raise ValueError(
             "AMPTrainer cannot perturb parameters that are offloaded to nvme: set offload_param's "
             "device to cpu in the DeepSpeed config."

@@ -72,7 +72,8 @@ def check_perturbable(model: nn.Module, perturb: str, is_final: bool = True) -> 
             raise ValueError(
                 f"Parameter {name} is {param.dtype}, in which a perturbation would round away: "
                 "load the model with dtype=torch.float32 and set bf16=True or fp16=True in "
-                "TrainingArguments, which computes in half precision over float32 parameters."
+                "TrainingArguments, which computes in half precision over float32 parameters. "
+                "(Evaluating with bf16_full_eval or fp16_full_eval has changed them for good.)"
             )
     devices = {str(param.device): name for name, param in params.items()}
     if is_final and len(devices) > 1:

@@ -174,7 +174,8 @@ class ParentPasses:
                 temporarily(args, "average_tokens_across_devices", counts_ranks),
                 engine.inner_passes(model, [], JointTensors([]), last),
             ):
-                losses.append(self.without_side_effects(model, batch, count, tensors))
+                loss = self.without_side_effects(model, batch, count, tensors)
+                losses.append(loss.clone())  # a CUDA graph writes the next one into its memory
         # One answer for all ranks: further passes of one alone would leave the others waiting.
         loss, *changed = trainer.accelerator.reduce(torch.stack(losses)).tolist()
         if not loss or not math.isfinite(loss):

@@ -38,7 +38,7 @@ class TrainingRecord:
         ascent_steps: those that computed a perturbation.
         perturbed_steps: those that computed a perturbation or reused one.
         best_step: the step whose model was loaded at the end; `None` if it is the last step's.
-        is_perturbed: whether any step that led to this model was perturbed, by a Δ other than 0.
+        is_perturbed: whether any step of the run up to this model was perturbed, by a Δ other than 0.
         delta_norm: the mean of the logged `amp/delta_norm`; `None` where none was logged.
         seconds: how long the training took; `None` where it was resumed, and so timed only in part.
         results: what was measured last on each split.
@@ -118,11 +118,18 @@ def _arguments(trainer: Trainer) -> dict[str, Any]:
     arguments = extract_hyperparameters_from_trainer(trainer)
     arguments.pop("mixed_precision_training", None)  # it says "Native AMP", of all names
     for name in ("train_batch_size", "total_train_batch_size"):
-        if name in arguments and (found := trainer.state.train_batch_size):
-            # What `auto_find_batch_size` came to.
-            arguments[name] = arguments[name] * found // args.train_batch_size
+        if name in arguments:
+            arguments[name] = arguments[name] * batch_size(trainer) // args.train_batch_size
     arguments |= _optimizer(trainer) | {"max_grad_norm": args.max_grad_norm}
     return arguments | {name: True for name in ("bf16", "fp16") if getattr(args, name)}
+
+
+def batch_size(trainer: Trainer) -> int:
+    """That of a device in the last training."""
+    args = trainer.args
+    # A resumed run's state may have that of the run before, which nothing else heeds.
+    found = args.auto_find_batch_size and trainer.state.train_batch_size
+    return found or args.train_batch_size
 
 
 def _optimizer(trainer: Any) -> dict[str, Any]:

@@ -347,7 +347,8 @@ class PerturbedStep:
                     # A copy, because computing the loss may take the labels out.
                     loss = self.parent(model, copy.copy(batch), num_items)
                     if inner_step == 0:
-                        clean_losses.append(loss)
+                        # A copy: a CUDA graph writes the next pass's loss into the same memory.
+                        clean_losses.append(loss.clone())
             if config.epsilon is None and self._feedback.radius.epsilon is None:
                 loss = gradient_scale * torch.stack(clean_losses).sum()
                 self._begin_radius(loss, factor * window.perturbation.slope_of(gradient))

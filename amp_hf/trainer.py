@@ -161,9 +161,9 @@ class AMPTrainerMixin(_Parent):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md into the output folder: the parent's card, completed by `card.write`.
 
-        Results are those that `evaluate` logged last for each prefix, for example `test` after
-        `trainer.evaluate(dataset, metric_key_prefix="test")`; `card_details` adds what only the
-        script knows.
+        It is about the last `train()`. Results are those that `evaluate` logged last for each
+        prefix, for example `test` after `trainer.evaluate(dataset, metric_key_prefix="test")`;
+        `card_details` adds what only the script knows.
         """
         if not hasattr(self.model, "config"):  # where the parent looks for a base model
             kwargs.setdefault("finetuned_from", "")
@@ -174,7 +174,8 @@ class AMPTrainerMixin(_Parent):
             known = {name: given.get(name) for name in ("model_name", "tasks")}
             record = TrainingRecord.of(self, self.amp_config, **known)
             details = self.card_details
-            if details.dataset is None:
+            # Beside tags, which the parent's card has by now, `dataset` is a name to show only.
+            if details.dataset is None and not given.get("dataset_tags"):
                 details = dataclasses.replace(details, dataset=given.get("dataset"))
             write(path, record, details)
 

@@ -381,6 +381,20 @@ def test_the_datasets_that_create_model_card_is_told_of_are_named(tmp_path, data
     assert all(name in card.text for name in names)
 
 
+def test_the_tags_of_a_dataset_are_its_metadata_and_not_its_name(tmp_path):
+    card = card_of(trained(tmp_path), dataset_tags="a/b", dataset="AB")
+    assert card.data.datasets == ["a/b"]
+    assert {result.dataset_type for result in card.data.eval_results} == {"a/b"}
+
+
+def test_a_resumed_training_has_the_batch_size_that_it_took(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    for size, resumed in ((8, {}), (16, {"resume_from_checkpoint": f"{tmp_path}/checkpoint-2"})):
+        trainer = trainer_for(make(MLP), tmp_path, per_device_train_batch_size=size, **options)
+        trainer.train(**resumed)
+    assert "| `train_batch_size` | `16` |" in card_of(trainer).text
+
+
 def test_a_license_that_the_hub_does_not_list_is_named_beside_other(tmp_path):
     trainer = trained(tmp_path)
     trainer.card_details.license = "dinov3-license"

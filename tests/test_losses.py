@@ -176,6 +176,39 @@ def test_a_radius_that_sets_itself_is_the_same_for_a_loss_that_ignores_the_windo
     assert logged(own, "amp/delta_norm") == pytest.approx(divided, rel=1e-4)
 
 
+class Overwritten(Uncounted):
+    """Its loss lasts until its next pass, as one in the memory of a CUDA graph does."""
+
+    _last = None
+
+    def forward(self, pixels, labels=None, **kwargs):
+        if self._last is not None:
+            self._last.fill_(math.nan)
+        outputs = super().forward(pixels, labels, **kwargs)
+        self._last = outputs["loss"].detach()
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("config", "batches"),
+    [
+        (always(inner_steps=2), 1),
+        (always(scope="batch"), 2),
+        (AMPConfig(scope="micro_batch"), 2),  # which asks how the loss is divided
+    ],
+)
+def test_a_loss_is_not_read_after_the_next_pass(tmp_path, config, batches):
+    def run(net):
+        options = dict(gradient_accumulation_steps=batches, learning_rate=0.0, max_steps=8)
+        own = {"callbacks": [learnt(loss=0.1)]} if config.epsilon is None else {}
+        return train(make(net), tmp_path, config, trainer=own, **options)
+
+    own, stock = run(Overwritten), run(Uncounted)
+    for key in ("loss", "amp/loss", "amp/delta_norm"):
+        assert logged(own, key) == logged(stock, key)
+        assert len(logged(own, key)) > 3 and all(map(math.isfinite, logged(own, key)))
+
+
 class DividingTrainer(AMPTrainer):
     """Divides by the micro-batches itself, as `loss_is_scaled_for_ga` is for."""
 

@@ -126,6 +126,24 @@ def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind,
         check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict.fromkeys(["bf16", "fp16", "torch_autocast", "zero_optimization"]),
+        {"zero_optimization": {"stage": 2, "offload_param": None}},
+    ],
+)
+def test_a_section_of_deepspeeds_that_is_null_is_none(tmp_path, monkeypatch, config):
+    trainer = trainer_for(make(), tmp_path, always())
+    monkeypatch.setitem(
+        AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED
+    )
+    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=2)
+    monkeypatch.setitem(AcceleratorState._shared_state, "deepspeed_plugins", {"default": plugin})
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)
+    check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+
+
 @pytest.mark.parametrize("split", ["tp_size", "cp_size"])
 def test_a_model_that_is_split_over_ranks_is_refused(tmp_path, monkeypatch, split):
     trainer = trainer_for(make(), tmp_path, always())

@@ -25,7 +25,7 @@ from ..pictures import (
     save,
     write_json,
 )
-from ..record import results_of
+from ..record import batch_size, results_of
 from ..trainer import AMPTrainer
 from .job import Job, baseline_folder, begins_here, last_checkpoint
 from .pushing import RecipeTrainer
@@ -53,7 +53,7 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
     args = copy.copy(trainer.args)
     args.output_dir = folder = baseline_folder(trainer.args)
     # `auto_find_batch_size` may have halved it: an ascent takes more memory.
-    args.per_device_train_batch_size = trainer.state.train_batch_size or args.train_batch_size
+    args.per_device_train_batch_size = batch_size(trainer)
     args.push_to_hub = False
     args.report_to = []  # the run of `trainer` is still open there
     erm = job.new_trainer(
