@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def write(path: Path, record: TrainingRecord, details: CardDetails) -> None:
     Trainer's draft ("More information needed").
     """
     card = ModelCard.load(path)
+    _drop_local_bases(card.data)
     base_models = _listed(details.base_model or card.data.base_model)
     datasets = _listed(details.dataset or card.data.datasets)
     _complete(card.data, record, details)
@@ -108,6 +110,16 @@ def _source(record: TrainingRecord) -> Markup:
     if record.revision:
         source += Markup(", revision=") + markdown.literal(record.revision)
     return source
+
+
+def _drop_local_bases(data: Any) -> None:
+    """A path is of no use to others. PEFT writes it into a tag as well."""
+    data.base_model = [name for name in _listed(data.base_model) if not os.path.exists(name)]
+    data.tags = [
+        tag
+        for tag in data.tags or []
+        if not os.path.exists(tag.partition("base_model:adapter:")[2])
+    ]
 
 
 def _complete(data: Any, record: TrainingRecord, details: CardDetails) -> None:

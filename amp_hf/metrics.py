@@ -94,7 +94,11 @@ def calibration_bins(
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`accuracy`, `nll` and `ece`: for the Trainer's `compute_metrics`."""
+    """`accuracy`, `nll` and `ece`: for the Trainer's `compute_metrics`.
+
+    `TrainingArguments(metric_for_best_model="nll", …)` needs `greater_is_better=False`: the Trainer
+    knows that of a loss only. (The recipes add it.)
+    """
     logits = logits_of(prediction.predictions)
     results: dict[str, float] = {}
     for metric in (Accuracy, NegativeLogLikelihood, ExpectedCalibrationError):

@@ -38,7 +38,8 @@ class TrainingRecord:
         ascent_steps: those that computed a perturbation.
         perturbed_steps: those that computed a perturbation or reused one.
         best_step: the step whose model was loaded at the end; `None` if it is the last step's.
-        is_perturbed: whether any step of the run up to this model was perturbed, by a Δ other than 0.
+        is_perturbed: whether any step of this run that led to the model was perturbed, by a Δ other
+            than 0.
         delta_norm: the mean of the logged `amp/delta_norm`; `None` where none was logged.
         seconds: how long the training took; `None` where it was resumed, and so timed only in part.
         results: what was measured last on each split.

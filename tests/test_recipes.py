@@ -196,16 +196,69 @@ def test_a_checkpoint_may_be_a_link_or_be_linked_to(tmp_path, monkeypatch):
 def test_only_what_a_run_writes_is_set_aside(tmp_path):
     (tmp_path / "_earlier").mkdir()
     (tmp_path / "_earlier" / "model.safetensors").touch()
-    for name in ("my_base.safetensors", "README.md", "config.json"):
+    for name in ("my_base.safetensors", "README.md", "config.json", "eval_results.json"):
         (tmp_path / name).touch()
     args = TrainingArguments(str(tmp_path), use_cpu=True)
-    amp_job.set_earlier_run_aside(args)
+    amp_job.set_aside(args)
     assert not (tmp_path / "_earlier" / "README.md").exists()
     (tmp_path / "model-00001-of-00002.safetensors").touch()
-    amp_job.set_earlier_run_aside(args)
+    amp_job.set_aside(args)
     moved = {path.name for path in (tmp_path / "_earlier").iterdir()}
-    assert moved == {"model-00001-of-00002.safetensors", "README.md", "config.json"}
+    own = {"README.md", "config.json", "eval_results.json"}
+    assert moved == {"model-00001-of-00002.safetensors", *own}
     assert (tmp_path / "my_base.safetensors").exists()
+
+
+def test_a_run_that_goes_back_moves_the_checkpoints_after_that_one(tmp_path):
+    for step in (10, 20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-40").mkdir()  # half of one
+    for step, rest in ((30, {10, 20, 30, 40}), (10, {10, 40})):
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
+        args = TrainingArguments(str(tmp_path), resume_from_checkpoint=checkpoint, use_cpu=True)
+        amp_job.set_aside(args)
+        found = {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
+        assert found == rest
+    assert len(list((tmp_path / "_earlier").iterdir())) == 2
+
+
+def test_what_the_trainer_refuses_late_leaves_an_earlier_run_where_it_was(tmp_path, data, capsys):
+    words = ["--dataset", data, f"--output_dir={tmp_path}"]
+    main(argv=[*SMALL.split(), *words, "--max_steps=1", "--save_strategy=steps", "--save_steps=1"])
+    code, line = failure(capsys, *words, "--optim=adamw_torch", "--optim_args=nonsense")
+    assert code == 2 and ": error: " in line
+    # Neither is a checkpoint, though the first has a state and weights.
+    (tmp_path / "empty").mkdir()
+    for wanted, said in ((tmp_path, "the last checkpoint in it is"), (tmp_path / "empty", "lacks")):
+        words = ["--dataset", data, f"--output_dir={tmp_path / 'out'}"]
+        code, line = failure(capsys, *words, f"--resume_from_checkpoint={wanted}")
+        assert code == 2 and "no run can go on from" in line and said in line
+    assert not (tmp_path / "_earlier").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "checkpoint-1", "README.md"} <= left
+
+
+def test_the_best_likelihood_is_the_lowest_and_defaults_are_those_of_the_optimizer(tmp_path):
+    def args(*words):
+        return parse(argv=[*words, f"--output_dir={tmp_path}"])[1]
+
+    for metric, greater in (("nll", False), ("eval_ece", False), ("accuracy", True)):
+        assert args(f"--metric_for_best_model={metric}").greater_is_better is greater
+    given = args("--metric_for_best_model=nll", "--greater_is_better=true")
+    assert given.greater_is_better
+    assert (args().optim_args, args().warmup_steps) == ("momentum=0.9,nesterov=true", 0.05)
+    other = args("--optim=adamw_torch")
+    assert (other.optim_args, other.warmup_steps) == (None, 0.05)
+    assert args("--optim=schedule_free_sgd").warmup_steps == 0
+
+
+def test_a_schedule_free_optimizer_does_not_warm_up_for_a_share_of_the_steps(
+    tmp_path, data, capsys
+):
+    words = ["--dataset", data, f"--output_dir={tmp_path}", "--optim=schedule_free_adamw"]
+    code, line = failure(capsys, *words, "--warmup_steps=0.1")
+    assert code == 2 and "--warmup_steps must be a whole number with a schedule-free" in line
 
 
 def test_less_than_a_batch_for_each_process_cannot_drop_the_last_one(tmp_path, data, capsys):
@@ -523,7 +576,7 @@ def test_only_what_is_trained_on_is_mirrored_and_only_what_the_dataset_knows(
 def test_the_recipe_for_gtsrb_leaves_another_dataset_alone(tmp_path, data, monkeypatch, caplog):
     words = [*SMALL.split(), "--dataset", data, "--output_dir", tmp_path, "--max_steps", 1]
     run_here(RECIPES / "train_gtsrb.py", monkeypatch, *words)
-    assert "mirrored" not in caplog.text
+    assert f"{data} has no class of --mirrored: nothing is mirrored." in caplog.text
 
 
 @pytest.mark.skipif(not GTSRB.exists(), reason="needs a copy of GTSRB")
@@ -579,6 +632,7 @@ BAD = {
     "--eval_do_concat_batches=false": "--eval_do_concat_batches must be true: accuracy, NLL",
     "--batch_eval_metrics=true": "--batch_eval_metrics must be false: accuracy, NLL and ECE",
     "--do_train=false": "--do_train must be true: a recipe trains, and then evaluates",
+    "--eval_on_start=true": "--eval_on_start needs rows to evaluate on: add --validation_fraction",
     "--bf16_full_eval=true": "--bf16_full_eval must be false: it casts the model itself",
 }
 

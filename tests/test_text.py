@@ -116,6 +116,7 @@ def test_adapters_are_saved_and_the_code_printed_loads_them(tmp_path, data, enco
     exec(code, names)
     shown = re.search(r"It loads without amp_hf:\n\n```python\n(.+?)\n```", card, re.DOTALL)
     assert shown[1] == code
+    assert encoder not in card  # a path of this machine
     rows = datasets.load_dataset(data)["test"]
     with torch.no_grad():
         encoded = names["tokenizer"](rows["what"][:], padding=True, return_tensors="pt")
@@ -138,13 +139,15 @@ def test_adapters_on_a_model_with_a_head_for_other_classes_are_measured_and_load
     tmp_path, data, encoder, capsys
 ):
     base = shutil.copytree(encoder, tmp_path / "base")
-    AutoModelForSequenceClassification.from_pretrained(base, num_labels=5).save_pretrained(base)
+    of_others = dict(num_labels=5, problem_type="multi_label_classification")
+    AutoModelForSequenceClassification.from_pretrained(base, **of_others).save_pretrained(base)
     argv = arguments(data, str(base), tmp_path / "out", "--lora=4", "--flatness")
     main(argv=[*argv, "--max_train_samples=16"])
     assert "trace of the Hessian" in (tmp_path / "out" / "README.md").read_text()
     names = {}
     exec(code_printed(capsys), names)
-    assert names["classify"]("A text.")[0]["label"] in MODULES
+    scores = {each["label"]: each["score"] for each in names["classify"]("A text.", top_k=None)}
+    assert {*scores} == {*MODULES} and sum(scores.values()) == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -427,7 +427,7 @@ def test_a_trainer_can_be_copied(tmp_path, config):
 def test_a_model_that_has_been_made_bf16_since_is_refused_at_the_first_step(tmp_path):
     trainer = trainer_for(make(), tmp_path, AMPConfig(0.1, ascent_start=0.5))
     trainer.model.bfloat16()  # as an evaluation with bf16_full_eval does
-    with pytest.raises(ValueError, match="would round away: .*bf16_full_eval"):
+    with pytest.raises(ValueError, match=r"would round away: .*bf16_full_eval"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -108,7 +108,9 @@ class ImageJob(Job):
             return None
         numbers = {name: number for number, name in enumerate(self.rows.label_names)}
         unknown = sorted(chosen.mirrored.keys() - numbers.keys())
-        if unknown and len(unknown) < len(chosen.mirrored):
+        if unknown and len(unknown) == len(chosen.mirrored):
+            logger.warning(f"{chosen.dataset} has no class of --mirrored: nothing is mirrored.")
+        elif unknown:
             logger.warning(f"--mirrored leaves out what {chosen.dataset} does not have: {unknown}.")
         classes = {
             numbers[one]: numbers[other]

@@ -143,8 +143,20 @@ def parse(
         parser.set_defaults(**of_network)
     if known.budget is not None:
         parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
+    parser.set_defaults(**_for_the_optimizer(known.optim, parser.get_default("optim")))
+    if str(known.metric_for_best_model).removeprefix("eval_") in ("nll", "ece"):
+        parser.set_defaults(greater_is_better=False)  # the Trainer knows that only of a loss
     own, args, amp_config = parser.parse_args_into_dataclasses(argv)
     return own, args, amp_config
+
+
+def _for_the_optimizer(chosen: str, default: str) -> dict[str, Any]:
+    """Defaults that hold where another optimizer than the recipe's is chosen."""
+    if chosen == default:
+        return {}
+    # A schedule-free one would divide by a share of the steps, as by a number of them.
+    warmup = dict(warmup_steps=0) if chosen.startswith("schedule_free") else {}
+    return dict(optim_args=None) | warmup
 
 
 def _asks_for_a_device_or_precision(argv: list[str]) -> bool:

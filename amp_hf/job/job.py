@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from ..card import CardDetails
 from ..compat import sgd_with_arguments
@@ -55,6 +55,10 @@ class Job(ABC):
         _check_model(arguments.model, str(args.output_dir))
         args.resume_from_checkpoint = _find_checkpoint(args)
         self.rows = self._load_rows(args)
+        if args.eval_on_start and not self.rows.validation:
+            raise ValueError(
+                "--eval_on_start needs rows to evaluate on: add --validation_fraction 0.1, say."
+            )
         model = self.new_model(args)
         train = self.dataset("train", self.rows.train, args, model)
         validation = None
@@ -167,8 +171,8 @@ class Job(ABC):
         )
 
 
-# Adapters that lie beside a whole model are loaded on top of it, and the Trainer asks the card that
-# is there for the library.
+# Adapters that lie beside a whole model are loaded on top of it, the Trainer asks the card that is
+# there for the library, and all of it would be pushed with the next model.
 _OF_A_RUN = (
     "checkpoint-*",
     "model*.safetensors",
@@ -176,7 +180,14 @@ _OF_A_RUN = (
     "adapter_model*.safetensors",
     "config.json",
     "adapter_config.json",
+    "models.py",
     "README.md",
+    "*_results.json",
+    "trainer_state.json",
+    "flatness.json",
+    "loss_curves.*",
+    "loss_contours.*",
+    "reliability.*",
 )
 
 
@@ -187,13 +198,20 @@ def baseline_folder(args: TrainingArguments) -> str:
 
 def last_checkpoint(folder: str) -> str | None:
     """The last one that was saved whole: a run may have been killed while it saved another."""
-    whole = [
-        path.parent
-        for path in Path(folder).glob("checkpoint-*/trainer_state.json")  # the last file of all
-        if path.parent.name.rpartition("-")[2].isdecimal()
-    ]
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    last = max(_checkpoints(folder), key=_step, default=None)
     return None if last is None else str(last)
+
+
+def _checkpoints(folder: str) -> list[Path]:
+    """Those that were saved whole."""
+    found = Path(folder).glob("checkpoint-*/trainer_state.json")  # the last file of all
+    return [path.parent for path in found if _step(path.parent) >= 0]
+
+
+def _step(checkpoint: Path) -> int:
+    """The number in its name, or −1."""
+    number = checkpoint.resolve().name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def begins_here(args: TrainingArguments) -> bool:
@@ -207,21 +225,48 @@ def _parents(checkpoint: str) -> tuple[Path, Path]:
     return Path(os.path.abspath(checkpoint)).parent.resolve(), Path(checkpoint).resolve().parent
 
 
-def set_earlier_run_aside(args: TrainingArguments) -> None:
-    """What would mix with this run: an earlier one's model, checkpoints and ERM baseline.
+class SetAside(TrainerCallback):
+    """Sets aside what would mix with the run, once the Trainer has accepted all of its arguments.
 
-    Model and checkpoints stay in the folder `_earlier`, until the next run.
+    Attributes:
+        began: whether it has.
     """
-    shutil.rmtree(baseline_folder(args), ignore_errors=True)
+
+    began = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+    ) -> None:
+        if not self.began and state.is_world_process_zero:  # a smaller batch size begins anew
+            set_aside(args)
+        self.began = True
+
+
+def set_aside(args: TrainingArguments) -> None:
+    """An earlier run's results, or the checkpoints after the one that this run goes back to.
+
+    They stay in the folder `_earlier`, until something else is set aside. The ERM baseline of an
+    earlier run is deleted.
+    """
     folder = Path(str(args.output_dir))
-    found = [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]
-    if any(path.is_dir() or path.suffix == ".safetensors" for path in found):
-        earlier = folder / "_earlier"
-        shutil.rmtree(earlier, ignore_errors=True)
-        earlier.mkdir()
-        for path in found:
-            path.rename(earlier / path.name)
-        print(f"An earlier run's model and checkpoints are now in {earlier}.")
+    if begins_here(args):
+        shutil.rmtree(baseline_folder(args), ignore_errors=True)
+        found = [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]
+        what = "An earlier run's model and checkpoints are"
+        if not any(path.is_dir() or path.suffix == ".safetensors" for path in found):
+            return
+    else:
+        step = _step(Path(args.resume_from_checkpoint or ""))
+        found = [path for path in _checkpoints(str(folder)) if 0 <= step < _step(path)]
+        what = f"Checkpoints after {args.resume_from_checkpoint} are"
+        if not found:
+            return
+    earlier = folder / "_earlier"
+    shutil.rmtree(earlier, ignore_errors=True)
+    earlier.mkdir()
+    for path in found:
+        path.rename(earlier / path.name)
+    print(f"{what} now in {earlier}.")
 
 
 def _check_writable(folder: str) -> None:
@@ -252,6 +297,11 @@ def _check_evaluation(args: TrainingArguments) -> None:
                 f"--{name} must be {str(value).lower()}: accuracy, NLL and ECE are computed from "
                 "all predictions together."
             )
+    if args.optim.startswith("schedule_free") and 0 < args.warmup_steps < 1:
+        raise ValueError(
+            f"--warmup_steps must be a whole number with a schedule-free --optim, which would take "
+            f"{args.warmup_steps:g} for a number of steps."
+        )
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
             raise ValueError(
@@ -297,4 +347,17 @@ def _find_checkpoint(args: TrainingArguments) -> str | None:
             f"--resume_from_checkpoint {wanted} is, or lies in, a folder that this run replaces: "
             f"move it into {args.output_dir!r} itself, or choose another --output_dir."
         )
+    if not _can_go_on(Path(found)):
+        inside = last_checkpoint(found)
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted}: no run can go on from {found!r}, which lacks the "
+            "state of the Trainer or of the optimizer"
+            + (f": the last checkpoint in it is {inside!r}." if inside else ".")
+        )
     return found
+
+
+def _can_go_on(checkpoint: Path) -> bool:
+    """Whether it is whole. A run's own folder is not, nor what `--save_only_model` saved."""
+    optimizer = (*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*"))  # DeepSpeed's
+    return bool(optimizer) and (checkpoint / "trainer_state.json").exists()

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ..markdown import literal
 from ..trainer import AMPTrainer
 from .data import DataError
-from .job import Job, begins_here, set_earlier_run_aside
+from .job import Job, SetAside
 from .pushing import HubError
 
 
@@ -47,12 +47,18 @@ def main(
         job = job_class(*parse(defaults, from_scratch_defaults, description, argv))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         _exit(error)
+    begin = SetAside()
+    job.trainer.add_callback(begin)
     try:
         results = _train_and_evaluate(job)
     except DataError as error:  # from a dataloader's worker, with its traceback inside
         _exit(error)
     except HubError as error:
         _exit(error, 1)
+    except (ValueError, OSError, ImportError) as error:
+        if begin.began:
+            raise
+        _exit(error)
     if not _all_finite(results):
         print("The training diverged: lower --learning_rate, --rise or --epsilon.", file=sys.stderr)
         sys.exit(1)
@@ -62,8 +68,6 @@ def main(
 def _train_and_evaluate(job: Job) -> dict[str, float]:
     """Saves after each step, so that a later one that fails loses nothing."""
     trainer = job.trainer
-    if begins_here(trainer.args) and trainer.is_world_process_zero():
-        set_earlier_run_aside(trainer.args)
     evaluated: dict[str, Any] = dict(job.tests)
     if trainer.eval_dataset is not None:
         evaluated = {"eval": trainer.eval_dataset} | evaluated

@@ -36,6 +36,7 @@ from .arguments import parse
 
 logger = get_logger(__name__)  # of the main process alone
 
+PROBLEM = "single_label_classification"  # whatever the base model was for
 STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
 
 
@@ -71,7 +72,7 @@ class TextJob(Job):
                 num_labels=len(names),
                 id2label=dict(enumerate(names)),
                 label2id={name: i for i, name in enumerate(names)},
-                problem_type="single_label_classification",
+                problem_type=PROBLEM,
             )
             if chosen.from_scratch:
                 return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -144,6 +145,7 @@ class TextJob(Job):
             return AutoPeftModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=labels,
+                problem_type=PROBLEM,
                 ignore_mismatched_sizes=True,  # the base's head: that of the adapters comes after
                 is_trainable=True,
                 dtype=torch.float32,
@@ -165,7 +167,10 @@ class TextJob(Job):
             "from transformers import AutoTokenizer, pipeline\n"
             f"names = {self.rows.label_names}\n"
             "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
-            f"    {folder}, id2label=dict(enumerate(names)), ignore_mismatched_sizes=True\n"
+            f"    {folder},\n"
+            "    id2label=dict(enumerate(names)),\n"
+            f'    problem_type="{PROBLEM}",\n'
+            "    ignore_mismatched_sizes=True,\n"
             ")\n"
             f"tokenizer = AutoTokenizer.from_pretrained({folder})\n"
             'classify = pipeline("text-classification", model=model, tokenizer=tokenizer)'
