@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
+from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
@@ -91,6 +93,8 @@ def _unsupported(what: str) -> ValueError:
 
 
 def _check_deepspeed(plugin: Any) -> None:
+    if Version(importlib.metadata.version("deepspeed")) < Version("0.19.1"):
+        raise ValueError("AMPTrainer needs DeepSpeed 0.19.1 or newer: pip install -U deepspeed.")
     config = plugin.deepspeed_config
     for section in ("bf16", "fp16"):
         if str((config.get(section) or {}).get("enabled")).lower() == "true":

@@ -199,6 +199,11 @@ class _FSDP2(_Sharded):
         except BaseException:
             forget_gathered(model)  # else what it gathered at θ + Δ would be computed with
             raise
+        on = self.accelerator.device.type
+        if any(param.device.type != on for param in model.parameters()):
+            # Offloaded. Their copies may still be under way to the device, which nothing waits for
+            # where the pass reduces no gradient; θ is about to be written over what they copy.
+            torch.accelerator.synchronize()
 
     def reshard(self, model: nn.Module) -> None:
         for module in model.modules():

@@ -172,11 +172,11 @@ class LossSurface(LossFunction):
             if converged and (value >= 0 or shift):
                 break
             if converged:
-                shift, vector = value, _unit(self.gaussian(generator))
+                shift, vector, converged = value, _unit(self.gaussian(generator)), False
             else:
                 torch._foreach_sub_(product, torch._foreach_mul(vector, shift))
                 vector = _unit(product)
-        return Eigenvalue(value, residual, iterations, converged and (value >= 0 or shift != 0))
+        return Eigenvalue(value, residual, iterations, converged)
 
     def trace(self, probes: int = 20) -> Trace:
         """The Hessian's trace: the mean of vᵀHv over vectors v of random signs.

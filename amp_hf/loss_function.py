@@ -175,7 +175,9 @@ class LossFunction:
         """Gaussian, each filter scaled to the norm of θ's; zero along biases and norm layers.
 
         A filter is what makes one output: a row of a matrix, a kernel of a convolution. Li et al.,
-        section 4. Without a generator, it is the first direction of the seed.
+        section 4. (In layers whose first dimension is not that of the outputs, as in transformers'
+        Conv1D and transposed convolutions, it is what belongs to one input.) Without a generator,
+        it is the first direction of the seed.
         """
         direction = self.gaussian(generator or self.generator())
         for d, param in zip(direction, self.params):

@@ -142,6 +142,9 @@ def _temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     lowest, highest = 0.1, 10.0  # of 1 / temperature, in which the NLL is convex
     for _ in range(40):
         inverse = math.sqrt(lowest * highest)
-        slope = ((inverse * logits).softmax(1) * logits).sum(1).mean() - right.mean()
+        shares = (inverse * logits).softmax(1)
+        # A class that is ruled out has a logit of −inf, and no share.
+        mean = torch.where(shares > 0, shares * logits, 0.0).sum(1).mean()
+        slope = mean - right.mean()
         lowest, highest = (lowest, inverse) if slope > 0 else (inverse, highest)
     return 1 / inverse

@@ -96,6 +96,12 @@ def test_the_top_eigenvalue_is_the_largest_also_where_a_negative_one_is_of_large
     assert found.residual < 1e-5
 
 
+@pytest.mark.parametrize("iterations", range(1, 12))
+def test_a_negative_eigenvalue_that_is_not_the_largest_never_counts_as_converged(iterations):
+    found = quadratic_surface([2.0, 1.0, 0.5, 0.2, 0.0, -10.0]).top_eigenvalue(iterations)
+    assert not found.converged or found.value == pytest.approx(2.0, rel=0.02)
+
+
 @pytest.mark.parametrize("lowest", [-10.0, -3.0])
 def test_the_top_eigenvalue_is_found_among_very_many_that_are_zero(lowest):
     """A random vector is nearly one of the null space, and must not be taken for the answer."""

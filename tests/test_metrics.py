@@ -81,6 +81,13 @@ def test_each_half_holds_every_class_in_whatever_order_they_come():
     assert temperature_scaled(logits, labels)["nll"] == pytest.approx(best["nll"], abs=2e-3)
 
 
+def test_a_class_that_is_ruled_out_takes_no_part_in_the_temperature():
+    logits, labels = drawn()
+    with_another = np.concatenate([logits, np.full((len(logits), 1), -np.inf)], axis=1)
+    scaled = temperature_scaled(with_another, labels)
+    assert scaled == pytest.approx(temperature_scaled(logits, labels))
+
+
 def test_no_sample_chooses_its_own_temperature():
     """Half of each class is far too sure, half far too timid: each half spoils the other."""
     logits, labels = drawn()

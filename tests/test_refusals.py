@@ -25,7 +25,7 @@ from torch import nn
 from transformers import Trainer
 
 from amp_hf import AMPConfig, AMPTrainer
-from amp_hf.checks import check_engine
+from amp_hf.checks import _check_deepspeed, check_engine
 from amp_hf.parameters import check_perturbable
 
 
@@ -133,15 +133,14 @@ def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind,
         {"zero_optimization": {"stage": 2, "offload_param": None}},
     ],
 )
-def test_a_section_of_deepspeeds_that_is_null_is_none(tmp_path, monkeypatch, config):
-    trainer = trainer_for(make(), tmp_path, always())
-    monkeypatch.setitem(
-        AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED
-    )
-    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=2)
-    monkeypatch.setitem(AcceleratorState._shared_state, "deepspeed_plugins", {"default": plugin})
-    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)
-    check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+def test_a_section_of_deepspeeds_that_is_null_is_none(config):
+    _check_deepspeed(SimpleNamespace(deepspeed_config=config, zero_stage=2))
+
+
+def test_a_deepspeed_that_lacks_what_an_ascent_needs_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.19.0")
+    with pytest.raises(ValueError, match=r"needs DeepSpeed 0\.19\.1 or newer: pip install -U"):
+        _check_deepspeed(SimpleNamespace(deepspeed_config={}, zero_stage=2))
 
 
 @pytest.mark.parametrize("split", ["tp_size", "cp_size"])
