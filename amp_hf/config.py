@@ -25,7 +25,7 @@ class AMPConfig:
 
     `AMPConfig()` sets its radius by itself (`amp_hf.radius`). In recipes/measurements/README.md,
     networks that train from scratch on few photographs gained 0.09 to 0.55 nats of the negative
-    log-likelihood and up to 6.3 points of accuracy; small transformers lost up to 0.6 ± 1.1 points.
+    log-likelihood and up to 6.3 points of accuracy; small transformers lost up to 0.5 ± 0.7 points.
     With `epsilon=x` the radius is x, as published; search for the best one. Fine-tunings on few
     samples gained more with it.
 

@@ -21,6 +21,8 @@ from plan import CORRUPTIONS, GTSRB
 
 from amp_hf.job.data import load_splits
 
+SMALLEST = 32  # pixels
+
 
 def corrupted(rows: datasets.Dataset, name: str, severity: int) -> datasets.Dataset:
     """`rows` with each image corrupted; the same for the same image, name and severity."""
@@ -60,6 +62,11 @@ def main() -> None:
         sys.exit(
             f"corrupted_gtsrb.py: error: --dataset {options.dataset} must have splits train and "
             "test with a column 'image', as the Hub's GTSRB has."
+        )
+    if any(min(image.size) < SMALLEST for image in splits["test"]["image"]):
+        sys.exit(
+            f"corrupted_gtsrb.py: error: --dataset {options.dataset} has images of less than "
+            f"{SMALLEST} pixels a side, which imagecorruptions does not take. Resize them first."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

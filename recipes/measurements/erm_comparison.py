@@ -1,12 +1,12 @@
 """AMP beside ERM on several networks, data sets and schedules: tables and a plot of README.md.
 
-    python recipes/measurements/erm_comparison.py
-    python recipes/measurements/erm_comparison.py --tables results --data path/to/copies
+    python recipes/measurements/erm_comparison.py --data path/to/copies
+    python recipes/measurements/erm_comparison.py --tables results --output my_runs.json
 
-Runs all that erm_comparison.json does not hold yet, which takes days, and tests the model of the
-last epoch. `--data` is a folder of local copies, in its folders cifar10, gtsrb, debian_sections and
-all-MiniLM-L6-v2. Several processes may write to the same file, each with its own `--seeds`,
-`--tables`, `--settings` or `--rows`. The tables:
+Runs all that erm_comparison.json, or the file that `--output` names, does not hold yet, which takes
+days, and tests the model of the last epoch. `--data` is a folder of local copies, in its folders
+cifar10, gtsrb, debian_sections and all-MiniLM-L6-v2. Several processes may write to the same file,
+each with its own `--seeds`, `--tables`, `--settings` or `--rows`. The tables:
 
     choice      choose ε for AMP at every step, on a fifth of the training set, held out
     results     compare on the official test sets
@@ -261,7 +261,8 @@ def main() -> None:
         sys.exit(f"erm_comparison.py: error: {error}")
     for table in TO_PRINT:
         print(f"\n{table(runs)}")
-    draw_grid(runs, _picture(runs, "grid"))
+    if any(run["row"] in HELD_OUT for run in runs.found["runs"]):
+        draw_grid(runs, _picture(runs, "grid"))
     if keys := _with_others(runs, (*SMALL_SETTINGS, *AS_RECIPES)):
         draw_costs(runs.without(MORE), keys, (*RESULTS, *ALTERNATIVES), _picture(runs, "cost"))
     print(f"\nSaved {runs.path}")

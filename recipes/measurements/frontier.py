@@ -1,7 +1,7 @@
 """What AMP gains for the time it takes, beside ERM given the same time: tables and a plot.
 
-    python recipes/measurements/frontier.py
-    python recipes/measurements/frontier.py --settings gtsrb --rows ERM "AMP, ε 0.1" --seeds 0 1 2
+    python recipes/measurements/frontier.py --data path/to/copies
+    python recipes/measurements/frontier.py --output runs.json --settings gtsrb --rows ERM
 
 Runs all that frontier.json does not hold yet, which takes hours; `--data` is a folder of local
 copies, in its folders cifar10 and gtsrb. It trains timm's smallest ResNet from scratch on subsets,

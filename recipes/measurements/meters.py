@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 def machine() -> dict[str, str | int]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # which decide how sums round
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -168,6 +168,11 @@ class Runs:
         return job
 
     def _run(self, key: str, name: str, seed: int) -> dict[str, Any]:
+        if not (self.options.data or self.options.output):
+            raise ValueError(
+                f"--output must name a new file, or --data local copies: {self.path.name} has runs "
+                "on those, and GTSRB from the Hub has fewer images."
+            )
         setting, row = self.settings[key], self.rows[name]
         job = self._job(key, name, seed)
         trainer = job.trainer
@@ -188,6 +193,7 @@ class Runs:
             "scaled_ece": scaled["ece"],
             "seconds": seconds,
             "command": self.command(key, name, seed),
+            "samples": len(trainer.train_dataset),
             **machine(),
         }
         if setting.corrupted:
