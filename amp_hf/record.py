@@ -125,12 +125,9 @@ def _arguments(trainer: Trainer) -> dict[str, Any]:
     return arguments | {name: True for name in ("bf16", "fp16") if getattr(args, name)}
 
 
-def batch_size(trainer: Trainer) -> int:
-    """That of a device in the last training."""
-    args = trainer.args
-    # A resumed run's state may have that of the run before, which nothing else heeds.
-    found = args.auto_find_batch_size and trainer.state.train_batch_size
-    return found or args.train_batch_size
+def batch_size(trainer: Any) -> int:
+    """That of a device in the last training: `auto_find_batch_size` may have halved it."""
+    return trainer._train_batch_size
 
 
 def _optimizer(trainer: Any) -> dict[str, Any]:

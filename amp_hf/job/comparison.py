@@ -52,7 +52,6 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
     trainer = job.trainer
     args = copy.copy(trainer.args)
     args.output_dir = folder = baseline_folder(trainer.args)
-    # `auto_find_batch_size` may have halved it: an ascent takes more memory.
     args.per_device_train_batch_size = batch_size(trainer)
     args.push_to_hub = False
     args.report_to = []  # the run of `trainer` is still open there
