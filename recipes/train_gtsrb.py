@@ -34,7 +34,7 @@ MIRRORED = {name: name.replace("left", "right") for name in SYMMETRIC + LEFT}
 
 DEFAULTS = dict(
     dataset="tanganke/gtsrb",
-    augment="signs",
+    augment="strong_signs",
     mirrored=MIRRORED,
     track_length=30,
     learning_rate=0.05,
@@ -42,7 +42,6 @@ DEFAULTS = dict(
 )
 FROM_SCRATCH_DEFAULTS = dict(
     model="preactresnet10_signs",
-    augment="strong_signs",
     learning_rate=0.1,
     num_train_epochs=24,
 )

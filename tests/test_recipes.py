@@ -489,7 +489,7 @@ def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
     assert rate("--from_scratch", "--model=resnet18") == ("light_objects", 0.1)
     assert rate() == ("objects", 0.01)
     # Signs are fine-tuned at a rate of their own, and one network sees them at 48 pixels.
-    assert rate(recipe=train_gtsrb) == ("signs", 0.05)
+    assert rate(recipe=train_gtsrb) == ("strong_signs", 0.05)
     assert rate("--from_scratch", recipe=train_gtsrb) == ("strong_signs", 0.1)
     for words, size in (([], 48), (["--model=test_resnet"], 32), (["--image_size=40"], 40)):
         argv = ["--from_scratch", *words, "--output_dir", str(tmp_path)]
