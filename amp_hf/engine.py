@@ -199,10 +199,9 @@ class _FSDP2(_Sharded):
         except BaseException:
             forget_gathered(model)  # else what it gathered at θ + Δ would be computed with
             raise
-        on = self.accelerator.device.type
-        if any(param.device.type != on for param in model.parameters()):
-            # Offloaded. Their copies may still be under way to the device, which nothing waits for
-            # where the pass reduces no gradient; θ is about to be written over what they copy.
+        if next(model.parameters()).device.type != self.accelerator.device.type:
+            # Offloaded. Copies may still be under way to the device: nothing waits for them where the
+            # pass reduces no gradient, and θ is about to be written over what they copy.
             torch.accelerator.synchronize()
 
     def reshard(self, model: nn.Module) -> None:
