@@ -200,8 +200,8 @@ class _FSDP2(_Sharded):
             forget_gathered(model)  # else what it gathered at θ + Δ would be computed with
             raise
         if next(model.parameters()).device.type != self.accelerator.device.type:
-            # Offloaded. Copies may still be under way to the device: nothing waits for them where the
-            # pass reduces no gradient, and θ is about to be written over what they copy.
+            # Offloaded. Copies may still be under way to the device: nothing waits for them where
+            # the pass reduces no gradient, and θ is about to be written over what they copy.
             torch.accelerator.synchronize()
 
     def reshard(self, model: nn.Module) -> None:

@@ -37,6 +37,7 @@ from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import preprocessing
 from amp_hf.images.classification import ImageJob, main
 from amp_hf.job import comparison
+from amp_hf.job import folder as output_folder
 from amp_hf.job import job as amp_job
 from amp_hf.job.data import NUMBER
 from amp_hf.record import TrainingRecord
@@ -187,10 +188,10 @@ def test_a_checkpoint_may_be_a_link_or_be_linked_to(tmp_path, monkeypatch):
     monkeypatch.chdir(out / "checkpoint-5")
     for wanted in (out / "checkpoint-10", f"{out}/checkpoint-5/", tmp_path / "best", "."):
         args = TrainingArguments(str(out), resume_from_checkpoint=str(wanted), use_cpu=True)
-        assert not amp_job.begins_here(args)
+        assert not output_folder.begins_here(args)
     for wanted in (None, str(scratch / "checkpoint-10")):
         args = TrainingArguments(str(out), resume_from_checkpoint=wanted, use_cpu=True)
-        assert amp_job.begins_here(args)
+        assert output_folder.begins_here(args)
 
 
 def test_only_what_a_run_writes_is_set_aside(tmp_path):
@@ -199,10 +200,10 @@ def test_only_what_a_run_writes_is_set_aside(tmp_path):
     for name in ("my_base.safetensors", "README.md", "config.json", "eval_results.json"):
         (tmp_path / name).touch()
     args = TrainingArguments(str(tmp_path), use_cpu=True)
-    amp_job.set_aside(args)
+    output_folder.set_aside(args)
     assert not (tmp_path / "_earlier" / "README.md").exists()
     (tmp_path / "model-00001-of-00002.safetensors").touch()
-    amp_job.set_aside(args)
+    output_folder.set_aside(args)
     moved = {path.name for path in (tmp_path / "_earlier").iterdir()}
     own = {"README.md", "config.json", "eval_results.json"}
     assert moved == {"model-00001-of-00002.safetensors", *own}
@@ -217,7 +218,7 @@ def test_a_run_that_goes_back_moves_the_checkpoints_after_that_one(tmp_path):
     for step, rest in ((30, {10, 20, 30, 40}), (10, {10, 40})):
         checkpoint = str(tmp_path / f"checkpoint-{step}")
         args = TrainingArguments(str(tmp_path), resume_from_checkpoint=checkpoint, use_cpu=True)
-        amp_job.set_aside(args)
+        output_folder.set_aside(args)
         found = {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
         assert found == rest
     assert len(list((tmp_path / "_earlier").iterdir())) == 2

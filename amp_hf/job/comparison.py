@@ -27,7 +27,8 @@ from ..pictures import (
 )
 from ..record import batch_size, results_of
 from ..trainer import AMPTrainer
-from .job import Job, baseline_folder, begins_here, last_checkpoint
+from .folder import baseline_folder, begins_here, last_checkpoint
+from .job import Job
 from .pushing import RecipeTrainer
 
 Sets = dict[str, Any]  # datasets, by the name that their metrics begin with

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from ..markdown import literal
 from ..trainer import AMPTrainer
 from .data import DataError
-from .job import Job, SetAside
+from .folder import SetAside
+from .job import Job
 from .pushing import HubError
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from amp_hf.job.job import last_checkpoint
+from amp_hf.job.folder import last_checkpoint
 
 HERE = Path(__file__).parent
 LEAST = 30  # seconds, below which nothing is begun
