@@ -687,6 +687,11 @@ def failure(capsys, *argv):
     return exit.value.code, capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_misspelt_model_is_refused_before_the_dataset_is_loaded(tmp_path, capsys):
+    words = ["--dataset=no/such/folder", "--model=resnet8", f"--output_dir={tmp_path}"]
+    assert "--model 'resnet8' is neither a timm model" in failure(capsys, *words)[1]
+
+
 def test_a_broken_image_is_named_by_its_number_in_the_dataset_also_among_chosen_ones(
     tmp_path, capsys
 ):

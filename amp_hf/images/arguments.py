@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from ..config import AMPConfig
 from ..job import arguments
 from ..job.arguments import JobArguments
+from .backbones import check_name
 
 
 @dataclass
@@ -67,6 +68,7 @@ class ImageArguments(JobArguments):
     def __post_init__(self) -> None:
         self.model_args = _json_object("model_args", self.model_args)
         self.mirrored = _both_ways(_json_object("mirrored", self.mirrored) or {})
+        check_name(self.model)  # before the dataset is downloaded
         self._check_positive("image_size", "track_length")
         if self.cutout < 0:
             raise ValueError(f"--cutout must be at least 0, got {self.cutout}.")

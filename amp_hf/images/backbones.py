@@ -63,6 +63,16 @@ def build_model(
     return model
 
 
+def check_name(name: str) -> None:
+    """Refuses what is neither a timm model nor a local folder, with the names that come near."""
+    architecture = name.removeprefix("timm/")
+    known = timm.list_models() + timm.list_pretrained()
+    if architecture not in known and not os.path.isdir(name):
+        near = difflib.get_close_matches(architecture, known, n=4)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all."
+        raise ValueError(f"--model {name!r} is neither a timm model nor a local folder: {hint}")
+
+
 def origin(name: str, from_scratch: bool) -> tuple[str | None, str | None]:
     """Hub id and license of the weights that `build_model(name, …, from_scratch)` starts from.
 
@@ -144,12 +154,8 @@ def _timm_model(
     from_scratch: bool,
     model_args: dict[str, Any],
 ) -> TimmWrapperForImageClassification:
+    check_name(name)
     architecture = name.removeprefix("timm/")
-    known = timm.list_models() + timm.list_pretrained()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=4)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all."
-        raise ValueError(f"--model {name!r} is neither a timm model nor a local folder: {hint}")
     cfg: Any = timm.get_pretrained_cfg(architecture)
     # A transformer's position embedding has one size, to which timm resamples a pretrained one.
     sized = {"img_size": image_size} if cfg.fixed_input_size else {}
