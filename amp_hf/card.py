@@ -175,7 +175,7 @@ _METRICS = {
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    """The known metrics first, and no loss beside `nll`, which is the same number."""
+    """The known metrics first, and no loss beside `nll`: it is the same, or smoothed."""
     names = [name for name in [*_METRICS, *metrics] if name in metrics]
     return {name: metrics[name] for name in names if name != "loss" or "nll" not in metrics}
 

@@ -26,7 +26,7 @@ from processes import on_ranks
 from recipe_worker import run_recipe
 from scripts import RECIPES, error_of, main_of, run_here
 from support import differing, needs_schedule_free
-from transformers import AutoModelForImageClassification, TrainingArguments
+from transformers import AutoModelForImageClassification, TrainerState, TrainingArguments
 
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.compat import computes_in_bf16
@@ -155,9 +155,18 @@ def test_a_model_that_the_run_would_overwrite_is_refused(tmp_path, data, capsys)
     for model in (tmp_path, *tmp_path.glob("checkpoint-*")):
         weights = (model / "model.safetensors").read_bytes()
         code, line = failure(capsys, "--dataset", data, output, f"--model={model}")
-        assert code == 2 and "lies in --output_dir" in line and str(model) in line
+        assert code == 2 and "is, or lies in, --output_dir" in line and str(model) in line
         assert (model / "model.safetensors").read_bytes() == weights
     assert model != tmp_path
+
+
+def test_an_output_folder_with_the_name_of_the_model_is_refused_and_not_made(
+    tmp_path, data, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, line = failure(capsys, "--dataset", data, "--output_dir=test_resnet")
+    assert code == 2 and "choose another --output_dir" in line
+    assert not (tmp_path / "test_resnet").exists()
 
 
 def test_a_run_that_goes_on_from_another_folder_does_not_mix_with_what_was_in_its_own(
@@ -173,23 +182,28 @@ def test_a_run_that_goes_on_from_another_folder_does_not_mix_with_what_was_in_it
     assert not (tmp_path / "out" / "_erm").exists()
     earlier = tmp_path / "out" / "_earlier" / "checkpoint-999"
     assert earlier.exists() and len(list((tmp_path / "other").glob("checkpoint-*"))) == 2
-    for wanted in (earlier, tmp_path / "out"):
-        code, line = failure(capsys, *words, str(wanted))
-        assert code == 2 and "is, or lies in, a folder that this run replaces: move it" in line
+    shutil.copytree(checkpoint, earlier, dirs_exist_ok=True)
+    code, line = failure(capsys, *words, str(earlier))
+    assert code == 2 and "is, or lies in, a folder that this run replaces: move it" in line
     assert earlier.exists()
+    code, line = failure(capsys, *words, str(tmp_path / "out"))
+    assert code == 2 and "no run can go on from" in line
+    assert f"the last checkpoint in it is '{tmp_path / 'out' / 'checkpoint-4'}'" in line
 
 
 def test_a_checkpoint_may_be_a_link_or_be_linked_to(tmp_path, monkeypatch):
     out, scratch = tmp_path / "out", tmp_path / "scratch"
-    for folder in (out / "checkpoint-5", scratch / "checkpoint-10"):
+    for folder in (out / "checkpoint-5", scratch / "run7"):
         folder.mkdir(parents=True)
-    (out / "checkpoint-10").symlink_to(scratch / "checkpoint-10")
+        (folder / "trainer_state.json").touch()
+    (out / "checkpoint-10").symlink_to(scratch / "run7")
+    assert output_folder.last_checkpoint(str(out)) == str(out / "checkpoint-10")
     (tmp_path / "best").symlink_to(out / "checkpoint-5")
     monkeypatch.chdir(out / "checkpoint-5")
     for wanted in (out / "checkpoint-10", f"{out}/checkpoint-5/", tmp_path / "best", "."):
         args = TrainingArguments(str(out), resume_from_checkpoint=str(wanted), use_cpu=True)
         assert not output_folder.begins_here(args)
-    for wanted in (None, str(scratch / "checkpoint-10")):
+    for wanted in (None, str(scratch / "run7")):
         args = TrainingArguments(str(out), resume_from_checkpoint=wanted, use_cpu=True)
         assert output_folder.begins_here(args)
 
@@ -200,28 +214,52 @@ def test_only_what_a_run_writes_is_set_aside(tmp_path):
     for name in ("my_base.safetensors", "README.md", "config.json", "eval_results.json"):
         (tmp_path / name).touch()
     args = TrainingArguments(str(tmp_path), use_cpu=True)
-    output_folder.set_aside(args)
+    output_folder.set_aside(args, TrainerState(max_steps=40))
     assert not (tmp_path / "_earlier" / "README.md").exists()
     (tmp_path / "model-00001-of-00002.safetensors").touch()
-    output_folder.set_aside(args)
+    output_folder.set_aside(args, TrainerState(max_steps=40))
     moved = {path.name for path in (tmp_path / "_earlier").iterdir()}
     own = {"README.md", "config.json", "eval_results.json"}
     assert moved == {"model-00001-of-00002.safetensors", *own}
     assert (tmp_path / "my_base.safetensors").exists()
 
 
-def test_a_run_that_goes_back_moves_the_checkpoints_after_that_one(tmp_path):
+def test_a_run_that_takes_steps_again_or_more_of_them_moves_what_is_no_longer_its_own(tmp_path):
     for step in (10, 20, 30):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     (tmp_path / "checkpoint-40").mkdir()  # half of one
-    for step, rest in ((30, {10, 20, 30, 40}), (10, {10, 40})):
+    own = {"all_results.json", "flatness.json", "reliability.png", "_erm"}
+    rest = {"checkpoint-10", "checkpoint-20", "checkpoint-30", "checkpoint-40", "config.json"}
+
+    def left(step, max_steps):
+        for name in own - {"_erm"}:
+            (tmp_path / name).touch()
+        (tmp_path / "_erm").mkdir(exist_ok=True)
+        (tmp_path / "config.json").touch()
         checkpoint = str(tmp_path / f"checkpoint-{step}")
         args = TrainingArguments(str(tmp_path), resume_from_checkpoint=checkpoint, use_cpu=True)
-        output_folder.set_aside(args)
-        found = {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
-        assert found == rest
-    assert len(list((tmp_path / "_earlier").iterdir())) == 2
+        output_folder.set_aside(args, TrainerState(global_step=step, max_steps=max_steps))
+        return {path.name for path in tmp_path.iterdir()} - {"_earlier"}
+
+    assert left(30, 30) == own | rest  # it was killed after its last step
+    assert left(30, 60) == rest
+    assert left(10, 10) == rest - {"checkpoint-20", "checkpoint-30"}
+    moved = {path.name for path in (tmp_path / "_earlier").iterdir()}
+    assert moved == own - {"_erm"} | {"checkpoint-20", "checkpoint-30"}
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(tmp_path, data):
+    words = [*SMALL.split(), "--dataset", data, f"--output_dir={tmp_path}"]
+    words += ["--save_strategy=steps", "--save_steps=3", "--max_steps=3"]
+    words += ["--learning_rate=0.1", "--lr_scheduler_type=constant"]
+    found = main(argv=words)
+    trained = (tmp_path / "model.safetensors").read_bytes()
+    again = main(argv=[*words, "--resume_from_checkpoint=true"])
+    assert (tmp_path / "model.safetensors").read_bytes() == trained
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3"}
+    for name in ("train_loss", "train_runtime", "test_nll"):
+        assert again[name] == results(tmp_path)[name] == found[name]
 
 
 def test_what_the_trainer_refuses_late_leaves_an_earlier_run_where_it_was(tmp_path, data, capsys):

@@ -8,11 +8,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+_RESULTS = (
+    "*_results.json",
+    "flatness.json",
+    "loss_curves.*",
+    "loss_contours.*",
+    "reliability.*",
+)
 # Adapters that lie beside a whole model are loaded on top of it, the Trainer asks the card that is
 # there for the library, and all of it would be pushed with the next model.
-_OF_A_RUN = (
+OF_A_RUN = (
     "checkpoint-*",
     "model*.safetensors",
     "model*.safetensors.index.json",
@@ -21,12 +28,8 @@ _OF_A_RUN = (
     "adapter_config.json",
     "models.py",
     "README.md",
-    "*_results.json",
     "trainer_state.json",
-    "flatness.json",
-    "loss_curves.*",
-    "loss_contours.*",
-    "reliability.*",
+    *_RESULTS,
 )
 
 
@@ -36,20 +39,20 @@ def baseline_folder(args: TrainingArguments) -> str:
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The last one that was saved whole: a run may have been killed while it saved another."""
+    """The last one that was saved: a run may have been killed while it saved another."""
     last = max(_checkpoints(folder), key=_step, default=None)
     return None if last is None else str(last)
 
 
 def _checkpoints(folder: str) -> list[Path]:
-    """Those that were saved whole."""
-    found = Path(folder).glob("checkpoint-*/trainer_state.json")  # the last file of all
+    """Those that the main process has finished."""
+    found = Path(folder).glob("checkpoint-*/trainer_state.json")  # the last file that it writes
     return [path.parent for path in found if _step(path.parent) >= 0]
 
 
 def _step(checkpoint: Path) -> int:
     """The number in its name, or −1."""
-    number = checkpoint.resolve().name.rpartition("-")[2]
+    number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
@@ -68,36 +71,43 @@ class SetAside(TrainerCallback):
     """Sets aside what would mix with the run, once the Trainer has accepted all of its arguments.
 
     Attributes:
-        began: whether it has.
+        first_step: how many steps had been taken before; `None` until it has.
     """
 
-    began = False
+    first_step: int | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        if not self.began and state.is_world_process_zero:  # a smaller batch size begins anew
-            set_aside(args)
-        self.began = True
+        if self.first_step is None:  # a smaller batch size begins anew
+            self.first_step = state.global_step
+            if args.should_save:
+                set_aside(args, state)
 
 
-def set_aside(args: TrainingArguments) -> None:
-    """An earlier run's results, or the checkpoints after the one that this run goes back to.
+def set_aside(args: TrainingArguments, state: TrainerState) -> None:
+    """All that an earlier run left, or what is of steps that this run takes again or goes beyond.
 
-    They stay in the folder `_earlier`, until something else is set aside. The ERM baseline of an
-    earlier run is deleted.
+    It stays in the folder `_earlier`, until something else is set aside. The ERM baseline is
+    deleted. Where a run has taken its last step, all stays: the rest may yet be measured.
+
+    Args:
+        state: with the step that the training goes on from.
     """
     folder = Path(str(args.output_dir))
     if begins_here(args):
         shutil.rmtree(baseline_folder(args), ignore_errors=True)
-        found = [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]
+        found = [path for pattern in OF_A_RUN for path in folder.glob(pattern)]
         what = "An earlier run's model and checkpoints are"
         if not any(path.is_dir() or path.suffix == ".safetensors" for path in found):
             return
     else:
-        step = _step(Path(args.resume_from_checkpoint or ""))
-        found = [path for path in _checkpoints(str(folder)) if 0 <= step < _step(path)]
-        what = f"Checkpoints after {args.resume_from_checkpoint} are"
+        found = [path for path in _checkpoints(str(folder)) if _step(path) > state.global_step]
+        if not found and state.global_step >= state.max_steps:
+            return
+        shutil.rmtree(baseline_folder(args), ignore_errors=True)
+        found += [path for pattern in _RESULTS for path in folder.glob(pattern)]
+        what = f"The checkpoints after step {state.global_step} and the results are"
         if not found:
             return
     earlier = folder / "_earlier"
@@ -117,11 +127,14 @@ def check_writable(folder: str) -> None:
 
 
 def check_model(model: str, output_dir: str) -> None:
-    """The ERM baseline, and a resumed run, must find it as it was when the training began."""
-    if os.path.isdir(model) and _is_of_a_run(Path(model).resolve(), Path(output_dir).resolve()):
+    """The ERM baseline, and a resumed run, must find it as it was when the training began.
+
+    A folder that has yet to be made counts: from then on, the name would mean what it holds.
+    """
+    if _is_of_a_run(Path(model).resolve(), Path(output_dir).resolve()):
         raise ValueError(
-            f"--model {model!r} lies in --output_dir, whose models and checkpoints this run "
-            "overwrites or moves: choose another --output_dir."
+            f"--model {model!r} is, or lies in, --output_dir, whose models and checkpoints this "
+            "run overwrites or moves: choose another --output_dir."
         )
 
 
@@ -147,18 +160,18 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             f"--resume_from_checkpoint {wanted}: no checkpoint there (--output_dir is "
             f"{args.output_dir!r})."
         )
-    output = Path(str(args.output_dir)).resolve()
-    if output not in _parents(found) and _is_of_a_run(Path(found).resolve(), output):
-        raise ValueError(
-            f"--resume_from_checkpoint {wanted} is, or lies in, a folder that this run replaces: "
-            f"move it into {args.output_dir!r} itself, or choose another --output_dir."
-        )
     if not _can_go_on(Path(found)):
         inside = last_checkpoint(found)
         raise ValueError(
             f"--resume_from_checkpoint {wanted}: no run can go on from {found!r}, which lacks the "
             "state of the Trainer or of the optimizer"
             + (f": the last checkpoint in it is {inside!r}." if inside else ".")
+        )
+    output = Path(str(args.output_dir)).resolve()
+    if output not in _parents(found) and _is_of_a_run(Path(found).resolve(), output):
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted} is, or lies in, a folder that this run replaces: "
+            f"move it into {args.output_dir!r} itself, or choose another --output_dir."
         )
     return found
 

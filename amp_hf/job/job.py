@@ -48,10 +48,10 @@ class Job(ABC):
         trainer_class: type[AMPTrainer] = RecipeTrainer,
     ) -> None:
         self.arguments = arguments
-        check_writable(str(args.output_dir))
         _check_pictures(arguments)
         _check_evaluation(args)
         check_model(arguments.model, str(args.output_dir))
+        check_writable(str(args.output_dir))
         args.resume_from_checkpoint = find_checkpoint(args)
         self.rows = self._load_rows(args)
         if args.eval_on_start and not self.rows.validation:

@@ -5,11 +5,13 @@ The recipes in recipes/ are this with a kind of data and a dataset's defaults.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..markdown import literal
@@ -41,8 +43,9 @@ def main(
     Returns:
         What `all_results.json` holds.
 
-    Where something is wrong, exits with one line: with status 2 if it is the arguments or the data;
-    with status 1 if the push failed, or if the training diverged, which is not pushed at its end.
+    Where something is wrong, exits with one line: with status 2 if it is the arguments, the data or
+    the repository; with status 1 if the push failed, or if the training diverged, which is not
+    pushed at its end.
     """
     try:
         job = job_class(*parse(defaults, from_scratch_defaults, description, argv))
@@ -51,13 +54,13 @@ def main(
     begin = SetAside()
     job.trainer.add_callback(begin)
     try:
-        results = _train_and_evaluate(job)
+        results = _train_and_evaluate(job, begin)
     except DataError as error:  # from a dataloader's worker, with its traceback inside
         _exit(error)
     except HubError as error:
         _exit(error, 1)
     except (ValueError, OSError, ImportError) as error:
-        if begin.began:
+        if begin.first_step is not None:
             raise
         _exit(error)
     if not _all_finite(results):
@@ -66,13 +69,13 @@ def main(
     return results
 
 
-def _train_and_evaluate(job: Job) -> dict[str, float]:
+def _train_and_evaluate(job: Job, begin: SetAside) -> dict[str, float]:
     """Saves after each step, so that a later one that fails loses nothing."""
     trainer = job.trainer
     evaluated: dict[str, Any] = dict(job.tests)
     if trainer.eval_dataset is not None:
         evaluated = {"eval": trainer.eval_dataset} | evaluated
-    results = _train_and_save(trainer)
+    results = _train_and_save(trainer, begin)
     _evaluate(trainer, evaluated, results)
     trainer.create_model_card(tasks=job.pipeline)
     failure = None
@@ -90,10 +93,14 @@ def _train_and_evaluate(job: Job) -> dict[str, float]:
     return results
 
 
-def _train_and_save(trainer: AMPTrainer) -> dict[str, float]:
+def _train_and_save(trainer: AMPTrainer, begin: SetAside) -> dict[str, float]:
     metrics = trainer.train(trainer.args.resume_from_checkpoint).metrics
     trainer.save_model(_internal_call=True)  # pushed later, with all that its card will say
     trainer.save_state()
+    if trainer.state.global_step == begin.first_step:
+        # It was killed after its last step, and its loss and its time are those that it wrote.
+        written = Path(str(trainer.args.output_dir), "train_results.json")
+        return json.loads(written.read_text()) if written.exists() else {}
     trainer.log_metrics("train", metrics)
     _save_metrics(trainer, "train", metrics, metrics)
     return metrics

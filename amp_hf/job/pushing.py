@@ -60,6 +60,13 @@ class RecipeTrainer(AMPTrainer):
         self.optimizer.eval()
         return result
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        # The Trainer notices that it has taken all steps only after one more, where a run goes on
+        # that had ended amid an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         with self._whole_sets():
             return super().get_eval_dataloader(*args, **kwargs)
