@@ -300,6 +300,23 @@ def test_a_push_that_was_not_asked_for_at_the_start_saves_first(tmp_path, hub):
     assert hub.private(REPO) == takes and "model.safetensors" in hub.files(REPO, "v2")
 
 
+def test_a_push_leaves_nothing_of_an_earlier_model_that_loads_with_the_new_one(tmp_path, hub):
+    pushing(tmp_path / "out", hub).push_to_hub()
+    files = {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": b"",
+        "test_results.json": b"{}",
+        "checkpoint-5/config.json": b"{}",
+        "notes.md": b"A user's own.",
+    }
+    before = hub.files(REPO)
+    hub.repos[REPO].add("main", "adapters", before | files, set())
+    pushing(tmp_path / "again", hub).push_to_hub()
+    kept = {"checkpoint-5/config.json", "notes.md"}
+    assert set(hub.files(REPO)) == {*before, *kept}
+    assert hub.commits(REPO)[-1] == "Delete what an earlier model left"
+
+
 def test_a_saved_model_is_pushed_with_its_config_which_a_failing_push_does_not_keep_back(
     tmp_path, hub
 ):

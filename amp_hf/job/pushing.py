@@ -8,10 +8,11 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import create_branch
+from huggingface_hub import HfApi, create_branch
 from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import HubStrategy
@@ -19,6 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from ..config import AMP_CONFIG_NAME
 from ..preserve import temporarily
 from ..trainer import AMPTrainer
+from .folder import OF_A_RUN
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class RecipeTrainer(AMPTrainer):
                 self.init_hf_repo(token, **private)
             self._ensure_branch(revision, token)
             pushed = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+            self._delete_leftovers(revision, token)
         if isinstance(pushed, Future):
             self._warn_if_it_fails(pushed, remedy)
         return pushed
@@ -161,6 +164,29 @@ class RecipeTrainer(AMPTrainer):
         if name and not name.startswith("refs/") and self.is_world_process_zero():
             token = token or self.args.hub_token
             create_branch(self.hub_model_id, branch=name, token=token, exist_ok=True)
+
+    def _delete_leftovers(self, revision: str | None, token: str | None) -> None:
+        """An earlier model's files that this one does not replace: adapters, say, which would be
+        loaded on top of it."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        api = HfApi(token=token or self.args.hub_token)
+        revision = revision or self.args.hub_revision
+        leftovers = [
+            name
+            for name in api.list_repo_files(self.hub_model_id, revision=revision)
+            if any(fnmatch(name, pattern) for pattern in OF_A_RUN)
+            and "/" not in name  # of a checkpoint
+            and not (folder / name).exists()
+        ]
+        if leftovers:
+            api.delete_files(
+                self.hub_model_id,
+                leftovers,
+                revision=revision,
+                commit_message="Delete what an earlier model left",
+            )
 
 
 class _Token(str):
