@@ -1,4 +1,4 @@
-"""What the oldest versions that pyproject.toml allows do not have yet, or torch keeps to itself.
+"""What the oldest versions that pyproject.toml allows do not have yet, or libraries hide.
 
 The former say from which version on they are superfluous: remove them when the lower bound gets
 there.
@@ -48,6 +48,16 @@ HEEDS_LOSS_IS_SCALED = _transformers >= Version("5.19")
 def loss_is_scaled_for_ga(trainer: Any) -> bool:
     """Whether the loss comes divided by the micro-batches, so that the Trainer does not."""
     return HEEDS_LOSS_IS_SCALED and trainer.loss_is_scaled_for_ga
+
+
+def saved_under_its_own_names(model: Any) -> Any:
+    """`model`, a `PreTrainedModel`, which would otherwise be saved under the names it was read by.
+
+    Those may be older ones, such as `LayerNorm.gamma` in the first BERTs. `from_pretrained` takes
+    them, but the Trainer's resuming and its best model leave out what has them.
+    """
+    model._weight_conversions = []
+    return model
 
 
 def computes_in_bf16() -> bool:

@@ -8,6 +8,7 @@ import textwrap
 
 import datasets
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import ModelCard
 from scripts import RECIPES, run_here
@@ -271,6 +272,30 @@ def test_adapters_resume_to_the_bit(tmp_path, data, encoder):
         train("resumed", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-1") == whole
     )
     assert train("other", "--learning_rate=1e-4") != whole
+
+
+@pytest.mark.slow
+def test_a_model_whose_weights_have_older_names_resumes_and_is_measured(tmp_path, data, encoder):
+    old = shutil.copytree(encoder, tmp_path / "old")
+    weights = safetensors.torch.load_file(old / "model.safetensors")
+    renamed = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): value
+        for name, value in weights.items()
+    }
+    assert len(renamed.keys() - weights.keys()) == 10
+    safetensors.torch.save_file(renamed, old / "model.safetensors", {"format": "pt"})
+
+    def train(name, *more):
+        folder = tmp_path / name
+        argv = arguments(data, str(old), folder, "--max_train_samples=32", "--epsilon=0.1", *more)
+        main(argv=[*argv, "--learning_rate=1e-2"])
+        return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+    whole = train("whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    resumed = train("resumed", "--resume_from_checkpoint", checkpoint, "--flatness")
+    assert differing(resumed, whole) == []
+    assert (tmp_path / "resumed" / "flatness.json").exists()
 
 
 def test_a_pair_of_columns_is_encoded_together_and_what_is_long_is_cut(tmp_path, encoder):

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from ..card import CardDetails
+from ..compat import saved_under_its_own_names
 from ..job.data import NUMBER, check_labels, find_column
 from ..job.job import Job
 from ..job.main import main as run_job
@@ -75,7 +76,8 @@ class TextJob(Job):
                 problem_type=PROBLEM,
             )
             if chosen.from_scratch:
-                return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+                model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+                return saved_under_its_own_names(model)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 chosen.model,
                 config=config,
@@ -88,7 +90,9 @@ class TextJob(Job):
                 f"--model {chosen.model!r} could not be loaded ({first_line(error)}). Pass the "
                 "Hub id or the folder of an encoder."
             ) from error
-        return self._with_adapters(model, loading) if chosen.lora else model
+        if chosen.lora:
+            return self._with_adapters(model, loading)
+        return saved_under_its_own_names(model)
 
     def _with_adapters(self, model: PreTrainedModel, loading: dict[str, Any]) -> Any:
         from peft import LoraConfig, TaskType, get_peft_model
