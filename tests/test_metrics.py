@@ -3,7 +3,13 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 from transformers import EvalPrediction
 
-from amp_hf.metrics import ExpectedCalibrationError, compute_metrics, temperature_scaled
+from amp_hf.metrics import (
+    Accuracy,
+    ExpectedCalibrationError,
+    NegativeLogLikelihood,
+    compute_metrics,
+    temperature_scaled,
+)
 
 
 def logits_and_labels(n=1000, classes=10, seed=0):
@@ -25,6 +31,21 @@ def test_of_a_model_that_returns_more_than_its_logits_the_logits_are_measured():
     hidden = np.zeros((8, 4, 16), np.float32)
     found = compute_metrics(EvalPrediction((logits, hidden), labels))
     assert found == compute_metrics(EvalPrediction(logits, labels))
+
+
+def test_what_is_no_classification_of_whole_samples_is_refused():
+    logits, labels = logits_and_labels(n=8)
+    for shape in ((2, 4, 10), (2, 40)):
+        with pytest.raises(ValueError, match=r"takes logits, \(n, classes\).*got \(2, "):
+            compute_metrics(EvalPrediction(logits.reshape(shape), labels.reshape(2, 4)))
+
+
+def test_the_metrics_are_those_that_evaluate_computes():
+    logits, labels = logits_and_labels()
+    found = compute_metrics(EvalPrediction(logits, labels))
+    for metric in (Accuracy, NegativeLogLikelihood, ExpectedCalibrationError):
+        computed = metric(keep_in_memory=True).compute(predictions=logits, references=labels)
+        assert computed.items() <= found.items()
 
 
 def test_calibration_error_of_a_case_worked_by_hand():
