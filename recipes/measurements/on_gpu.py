@@ -84,7 +84,7 @@ def run(name: str, words: list[str], folder: Path, seconds: float) -> dict | Non
         more = ["--output_dir", str(folder)]
         if last_checkpoint(str(folder)) is not None:
             more += ["--resume_from_checkpoint", "true"]
-    else:
+    elif script != "erm_comparison.py":
         seconds = min(seconds, WHOLE)
         if script.startswith("benchmark_"):
             more = ["--json", str(folder / "all_results.json")]
