@@ -39,7 +39,7 @@ from amp_hf.images.classification import ImageJob, main
 from amp_hf.job import comparison
 from amp_hf.job import folder as output_folder
 from amp_hf.job import job as amp_job
-from amp_hf.job.data import NUMBER
+from amp_hf.job.data import NUMBER, _divided
 from amp_hf.record import TrainingRecord
 from amp_hf.text.arguments import TextArguments
 
@@ -454,10 +454,12 @@ def test_yaml_has_its_own_no_empty_lists_and_numbers_below_zero(tmp_path):
     config = tmp_path / "run.yaml"
     lines = ["eval_strategy: no", "logging_strategy: no", "report_to: []"]
     lines += ["eval_splits: [a, b]", "eval_delay: -1.5"]
+    lines += ["lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs: {min_lr: 1e-5}"]
     config.write_text("\n".join(lines))
     images, args, _ = parse(argv=[str(config), "--output_dir", str(tmp_path)])
     assert (args.eval_strategy, args.logging_strategy, args.report_to) == ("no", "no", [])
     assert (images.eval_splits, args.eval_delay) == (["a", "b"], -1.5)
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
 @pytest.mark.parametrize("text", ["- a", "a: [1", "no_such_argument: 1"])
@@ -822,6 +824,32 @@ def test_rows_are_held_out_where_a_class_has_only_one_and_where_they_are_few(tmp
         rows = ImageJob(*parse(argv=[*argv, "--output_dir", str(tmp_path / "out")])).rows
         assert len(rows.validation) == expected
         assert set(rows.validation["label"]) <= set(rows.train["label"])
+
+
+def test_a_rare_class_is_on_both_sides_of_a_split(tmp_path):
+    labels = datasets.Dataset.from_dict({"label": [0] * 480 + [1] * 480 + [2] * 3})
+    labels = labels.cast_column("label", datasets.ClassLabel(names=["a", "b", "rare"]))
+    for fraction in (0.1, 0.8):
+        for part in _divided(labels, "label", None, fraction, 42):
+            assert set(part["label"]) == {0, 1, 2}
+
+
+def test_a_dataset_of_one_class_is_refused(tmp_path, capsys):
+    one = rows(0, 8).map(lambda row: {"kind": "digit"}).remove_columns("label")
+    one.to_parquet(tmp_path / "one.parquet")
+    words = ["--dataset", str(tmp_path / "one.parquet"), "--label_column=kind"]
+    code, line = failure(capsys, *words, f"--output_dir={tmp_path / 'out'}")
+    assert code == 2 and "has one class in column 'kind', ['digit']" in line
+
+
+def test_that_a_split_is_left_out_is_said(tmp_path, capsys):
+    for split, stop in (("train", 64), ("validation", 80), ("test", 96)):
+        rows(stop - 16 if split != "train" else 0, stop).to_parquet(tmp_path / f"{split}.parquet")
+    words = [*SMALL.split(), "--dataset", str(tmp_path), f"--output_dir={tmp_path / 'out'}"]
+    for fraction, size, said in ((0.0, 16, False), (0.25, 16, True)):
+        job = ImageJob(*parse(argv=[*words, f"--validation_fraction={fraction}"]))
+        assert len(job.rows.validation) == size
+        assert ("The validation split is left out" in capsys.readouterr().out) is said
 
 
 def test_a_class_too_large_to_compare_all_of_its_images_is_refused(tmp_path, data, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,11 +170,20 @@ def _asks_for_a_device_or_precision(argv: list[str]) -> bool:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-5 for a number, as everybody does but YAML 1.1."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def _read_yaml(path: str) -> list[str]:
     """The file's arguments, as they would be written on the command line."""
     try:
         with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file) or {}
+            config = yaml.load(file, _Loader) or {}
         if not isinstance(config, dict):
             raise ValueError("it is not a mapping")
     except (yaml.YAMLError, ValueError) as error:

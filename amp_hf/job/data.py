@@ -120,9 +120,14 @@ def _with_classes(splits: datasets.DatasetDict, column: str) -> datasets.Dataset
         )
     names = sorted(values - {None, -1})  # which stand for "unlabeled"
     index = {value: i for i, value in enumerate(names)}
-    splits = splits.map(lambda row: {column: index.get(row[column])})
     label = datasets.ClassLabel(names=[str(value) for value in names])
-    return splits.cast_column(column, label)
+
+    def labeled(split: datasets.Dataset) -> datasets.Dataset:
+        numbers = [index.get(value) for value in split[column]]
+        # Not by `map`, which copies all columns into the cache.
+        return split.remove_columns(column).add_column(column, numbers, feature=label)
+
+    return datasets.DatasetDict({name: labeled(split) for name, split in splits.items()})
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,19 @@ def choose_rows(
             "--eval_splits: a split 'eval' would take the place of the validation results, which "
             "are called that. Give it another name."
         )
+    classes = train.features[label_column].names
+    if len(classes) < 2:
+        check_labels(train, label_column, train[NUMBER])  # -1 may have been meant for one
+        raise ValueError(
+            f"{arguments.dataset!r} has one class in column {label_column!r}, {classes}: there is "
+            "nothing to tell apart."
+        )
     if arguments.validation_fraction:
+        if validation and args.process_index == 0:
+            print(
+                "The validation split is left out: --validation_fraction takes rows to train on in "
+                "its place. Without it, the split itself is used."
+            )
         check_labels(train, label_column, train[NUMBER])
         numbers, fraction = groups(train, label_column), arguments.validation_fraction
         train, validation = _divided(train, label_column, numbers, fraction, args.seed)
@@ -201,9 +218,10 @@ def _divided(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """What to train on and what to hold out: a share of each class, in whole groups."""
     labels = np.array(rows[label_column][:])
-    sizes = np.unique(labels, return_counts=True)[1]
-    count, classes = math.ceil(fraction * len(rows)), len(sizes)
-    if groups is None and min(sizes) > 1 and classes <= count <= len(rows) - classes:
+    smallest = min(np.unique(labels, return_counts=True)[1])
+    count = math.ceil(fraction * len(rows))
+    # It rounds the share of a class, which may leave nothing on one side.
+    if groups is None and smallest * min(count, len(rows) - count) >= len(rows):
         parts = rows.train_test_split(fraction, stratify_by_column=label_column, seed=seed)
         return parts["train"], parts["test"]
     held = _held_out(labels, np.arange(len(rows)) if groups is None else groups, fraction, seed)
