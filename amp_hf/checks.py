@@ -25,6 +25,8 @@ _GENERATING = frozenset(
     """.split()  # noqa: SIM905
 )
 
+_SPLIT = "a model or sequences split over several ranks"
+
 
 def check_trainer(trainer: Any, config: AMPConfig) -> None:
     """Raises `ValueError` for all that AMP would be wrong with, except hooks (`check_no_hooks`)."""
@@ -68,7 +70,7 @@ def check_engine(
     if getattr(model, "is_distributed_loading_by_transformers", False) or (
         plan and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled)
     ):
-        raise _unsupported("a model or sequences split over several ranks")
+        raise _unsupported(_SPLIT)
     kind = accelerator.distributed_type
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise _unsupported(kind.value)
@@ -110,11 +112,17 @@ def _check_deepspeed(plugin: Any) -> None:
             "AMPTrainer does not know the loss scale of DeepSpeed's torch_autocast in "
             f"{autocast['dtype']}: set its dtype to bfloat16."
         )
-    offload = (config.get("zero_optimization") or {}).get("offload_param") or {}
-    if offload.get("device") == "nvme":
+    zero = config.get("zero_optimization") or {}
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise ValueError(
             "AMPTrainer cannot perturb parameters that are offloaded to nvme: set offload_param's "
             "device to cpu in the DeepSpeed config."
         )
     if plugin.zero_stage == 0:
         raise _unsupported("DeepSpeed without ZeRO")
+    if int((config.get("tensor_parallel") or {}).get("autotp_size") or 0) > 1:
+        raise _unsupported(_SPLIT)
+    if (config.get("compile") or {}).get("deepcompile"):  # reduces into memory of its own
+        raise _unsupported("DeepSpeed's DeepCompile")
+    if zero.get("zenflow") is not None:  # steps inside the backward pass
+        raise _unsupported("DeepSpeed's ZenFlow")

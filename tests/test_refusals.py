@@ -129,12 +129,27 @@ def test_an_engine_that_is_not_supported_is_refused(tmp_path, monkeypatch, kind,
 @pytest.mark.parametrize(
     "config",
     [
-        dict.fromkeys(["bf16", "fp16", "torch_autocast", "zero_optimization"]),
-        {"zero_optimization": {"stage": 2, "offload_param": None}},
+        dict.fromkeys(["bf16", "fp16", "torch_autocast", "zero_optimization", "compile"]),
+        {"zero_optimization": {"stage": 2, "offload_param": None, "zenflow": None}},
+        {"tensor_parallel": {"autotp_size": 1}, "compile": {"deepcompile": False}},
     ],
 )
 def test_a_section_of_deepspeeds_that_is_null_is_none(config):
     _check_deepspeed(SimpleNamespace(deepspeed_config=config, zero_stage=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, "a model or sequences split over several ranks"),
+        ({"compile": {"deepcompile": True}}, "DeepSpeed's DeepCompile"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "DeepSpeed's ZenFlow"),
+    ],
+)
+def test_what_deepspeed_does_in_a_backward_pass_of_its_own_is_refused(config, said):
+    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=2)
+    with pytest.raises(ValueError, match=f"does not support {said}: "):
+        _check_deepspeed(plugin)
 
 
 def test_a_deepspeed_that_lacks_what_an_ascent_needs_is_refused(monkeypatch):
