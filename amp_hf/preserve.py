@@ -42,7 +42,9 @@ def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
     # One kernel per kind: to launch one for each buffer costs a GPU more than the copies.
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for buffer in before:
-        kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        # One that `expand` made cannot be written to.
+        if not any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape)):
+            kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
     kept = [foreach_clone(kind) for kind in kinds.values()]
     try:
         yield
@@ -50,8 +52,9 @@ def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
         for (module, name), buffer in zip(buffers, before):
             if getattr(module, name) is not buffer:  # assigned anew, not changed in place
                 setattr(module, name, buffer)
-        for kind, copies in zip(kinds.values(), kept):
-            torch._foreach_copy_(kind, copies)
+        with torch.no_grad():  # there are buffers that have a gradient
+            for kind, copies in zip(kinds.values(), kept):
+                torch._foreach_copy_(kind, copies)
 
 
 @contextlib.contextmanager

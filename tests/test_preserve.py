@@ -6,7 +6,7 @@ import torch
 from support import rng_states
 from torch import nn
 
-from amp_hf.preserve import norm_buffers, preserved_buffers, preserved_rng
+from amp_hf.preserve import all_buffers, norm_buffers, preserved_buffers, preserved_rng
 
 
 class Model(nn.Module):
@@ -34,6 +34,18 @@ def test_norm_buffers_are_the_running_statistics_of_every_layer_and_nothing_else
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     expected = [f"{layer}.{name}" for layer in layers for name in statistics]
     assert [f"{names[module]}.{name}" for module, name in norm_buffers(model)] == expected
+
+
+def test_buffers_that_are_expanded_or_have_a_gradient_are_preserved_as_well():
+    module = nn.Module()
+    module.register_buffer("mask", torch.ones(1, 3).expand(4, -1))
+    module.register_buffer("scale", torch.ones(3, requires_grad=True))
+    mask = module.mask
+    with preserved_buffers(all_buffers(module)):
+        module.mask = module.mask * 2
+        with torch.no_grad():
+            module.scale += 1
+    assert module.mask is mask and torch.equal(module.scale, torch.ones(3))
 
 
 def test_a_model_without_running_statistics_has_nothing_to_preserve():
