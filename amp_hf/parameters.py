@@ -13,6 +13,8 @@ from .blocks import JointTensors
 from .engine import Engine
 from .preserve import Buffer, norm_buffers
 
+_OF_WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.")
+
 
 def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
     """The trainable parameters that `AMPConfig.perturb` names, by name; tied ones once.
@@ -20,7 +22,8 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Paramet
     Args:
         perturb: `"all"`, `"norm"` (those directly in a module whose class is called a norm:
             BatchNorm2d, LayerNorm, LlamaRMSNorm, timm's BatchNormAct2d, …) or a regular expression
-            that is searched for in the parameters' names.
+            that is searched for in the parameters' names, without what FSDP2's activation
+            checkpointing and compilation put into them.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     if perturb == "all":
@@ -33,7 +36,11 @@ def perturbed_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Paramet
             for name, param in module.named_parameters(recurse=False)
         }
     else:
-        chosen = {name: param for name, param in named.items() if re.search(perturb, name)}
+        chosen = {
+            name: param
+            for name, param in named.items()
+            if re.search(perturb, _OF_WRAPPERS.sub("", name))
+        }
     names: dict[nn.Parameter, str] = {}
     for name, param in chosen.items():
         if param.requires_grad:

@@ -18,9 +18,10 @@ from support import (
     weights,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from amp_hf import AMPConfig
-from amp_hf.parameters import check_perturbable
+from amp_hf.parameters import check_perturbable, perturbed_parameters
 
 
 class Tied(Sharing):
@@ -44,6 +45,21 @@ class LargeTable(nn.Module):
         tokens = (pixels.flatten(1) * 16).long()
         logits = self.output(torch.tanh(self.body(self.table(tokens).mean(1))))
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_what_wrappers_add_to_the_names_changes_nothing_of_what_they_match():
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model = nn.ModuleDict({"layers": nn.ModuleList([inner]), "head": nn.Linear(2, 2)})
+
+    def chosen(pattern):
+        return [id(param) for param in perturbed_parameters(model, pattern).values()]
+
+    patterns = (r"layers\.\d+\.0", r"^head", "layers.0.1|head")
+    before = [chosen(pattern) for pattern in patterns]
+    assert [len(params) for params in before] == [2, 2, 4]
+    model["layers"][0] = torch.compile(checkpoint_wrapper(inner))  # as FSDP2 does
+    assert "._orig_mod._checkpoint_wrapped_module." in next(model.named_parameters())[0]
+    assert [chosen(pattern) for pattern in patterns] == before
 
 
 @pytest.mark.parametrize("net", [Sharing, LargeTable])
