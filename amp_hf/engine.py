@@ -177,7 +177,7 @@ class _FSDP2(_Sharded):
     def inner_passes(
         self, model: Any, params: list[nn.Parameter], gradient: JointTensors, last: bool
     ) -> Iterator[None]:
-        # Whether the pass that follows reduces its gradient: torch does not tell.
+        # Whether the pass that follows reduces its gradient, which torch keeps to itself.
         options = self.accelerator.gradient_state.plugin_kwargs
         synchronized = (
             last
