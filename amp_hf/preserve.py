@@ -42,8 +42,7 @@ def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
     # One kernel per kind: to launch one for each buffer costs a GPU more than the copies.
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for buffer in before:
-        # One that `expand` made cannot be written to.
-        if not any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape)):
+        if buffer.is_contiguous() or not _is_expanded(buffer):
             kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
     kept = [foreach_clone(kind) for kind in kinds.values()]
     try:
@@ -55,6 +54,11 @@ def preserved_buffers(buffers: list[Buffer]) -> Iterator[None]:
         with torch.no_grad():  # there are buffers that have a gradient
             for kind, copies in zip(kinds.values(), kept):
                 torch._foreach_copy_(kind, copies)
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Whether `expand` made it, so that nothing can write into it."""
+    return any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape))
 
 
 @contextlib.contextmanager
