@@ -25,8 +25,6 @@ _GENERATING = frozenset(
     """.split()  # noqa: SIM905
 )
 
-_SPLIT = "a model or sequences split over several ranks"
-
 
 def check_trainer(trainer: Any, config: AMPConfig) -> None:
     """Raises `ValueError` for all that AMP would be wrong with, except hooks (`check_no_hooks`)."""
@@ -67,10 +65,10 @@ def check_engine(
             "which AMP runs two. Choose an optimizer that steps afterwards."
         )
     plan = accelerator.parallelism_config
-    if getattr(model, "is_distributed_loading_by_transformers", False) or (
-        plan and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled)
-    ):
-        raise _unsupported(_SPLIT)
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise _unsupported("a model that `from_pretrained` has split over several ranks")
+    if plan and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
+        raise _unsupported("tp_size, cp_size or sp_size > 1 in parallelism_config")
     kind = accelerator.distributed_type
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise _unsupported(kind.value)
@@ -119,10 +117,28 @@ def _check_deepspeed(plugin: Any) -> None:
             "device to cpu in the DeepSpeed config."
         )
     if plugin.zero_stage == 0:
-        raise _unsupported("DeepSpeed without ZeRO")
-    if int((config.get("tensor_parallel") or {}).get("autotp_size") or 0) > 1:
-        raise _unsupported(_SPLIT)
-    if (config.get("compile") or {}).get("deepcompile"):  # reduces into memory of its own
-        raise _unsupported("DeepSpeed's DeepCompile")
-    if zero.get("zenflow") is not None:  # steps inside the backward pass
-        raise _unsupported("DeepSpeed's ZenFlow")
+        raise _unsupported("DeepSpeed without ZeRO (zero_optimization.stage is 0)")
+    experts = config.get("expert_parallel") or {}
+    asked_for = {
+        "tensor_parallel.autotp_size": _size(config.get("tensor_parallel"), "autotp_size") > 1,
+        "expert_parallel.autoep_size": experts.get("enabled") and _size(experts, "autoep_size") > 1,
+        # It reduces into memory of its own.
+        "compile.deepcompile": (config.get("compile") or {}).get("deepcompile"),
+        # Both step inside the backward pass.
+        "zero_optimization.zenflow": zero.get("zenflow") is not None,
+        "zero_optimization.offload_optimizer.super_offload": (
+            zero.get("offload_optimizer") or {}
+        ).get("super_offload"),
+        # To 8 bits, in which a perturbation would round away.
+        "zero_optimization.zero_quantized_weights": zero.get("zero_quantized_weights"),
+    }
+    for option, is_on in asked_for.items():
+        if is_on:
+            raise ValueError(
+                f"AMPTrainer does not support DeepSpeed's {option}: take it out of the DeepSpeed "
+                "config, or use AMPConfig(epsilon=0) for the stock Trainer."
+            )
+
+
+def _size(section: dict[str, Any] | None, name: str) -> int:
+    return int((section or {}).get(name) or 1)

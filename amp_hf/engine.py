@@ -45,10 +45,6 @@ class Engine:
         # `get_scale` would wait for the device.
         return self.accelerator.scaler.scale(torch.ones((), device=self.accelerator.device))
 
-    def records_first_pass(self, model: nn.Module) -> bool:
-        """Whether the first pass of all must be a synchronized one: DDP's static_graph."""
-        return getattr(model, "static_graph", False)
-
     def reshard(self, model: nn.Module) -> None:
         """Frees what a pass has gathered: the parameters are this rank's shards again."""
 
@@ -250,11 +246,15 @@ class _DeepSpeed(Engine):
 
     @contextlib.contextmanager
     def before_optimizer_step(self, model: Any, restore: Callable[[], None]) -> Iterator[None]:
-        hook = model.basic_optimizer.register_step_pre_hook(lambda *_: restore())
-        try:
+        # Not by a hook on the optimizer within: partly offloaded ones are several.
+        step = model.optimizer.step
+
+        def step_at_theta(*args: Any, **kwargs: Any) -> Any:
+            restore()
+            return step(*args, **kwargs)
+
+        with temporarily(model.optimizer, "step", step_at_theta):
             yield
-        finally:
-            hook.remove()
 
 
 class _DeepSpeed3(_Sharded, _DeepSpeed):

@@ -29,7 +29,7 @@ from .feedback import Feedback
 from .parameters import StepTensors, check_no_hooks
 from .passes import Count, LossKind, ParentPasses
 from .preserve import gradients_set_aside, preserved_buffers, preserved_rng
-from .progress import keep
+from .progress import Progress, keep
 from .run import LogMeans, Run, Window, stacked
 
 # A ζ so large that any Δ leaves the ball and is projected onto it, yet far from float32's limits.
@@ -126,6 +126,8 @@ class PerturbedStep:
             self.window.clean_losses = []
             if self._needs_new_delta():
                 run.last_ascent = step
+            # A subclass may repeat a step that failed.
+            run.progress = Progress(**run.progress_before)
             run.progress.count(step, ascends=run.last_ascent == step)
         with self._moves:
             try:
@@ -313,7 +315,7 @@ class PerturbedStep:
             run.tensors = StepTensors(
                 trainer.model, self._config.perturb, trainer.optimizer, run.engine
             )
-            if run.engine.records_first_pass(model):
+            if getattr(model, "static_graph", False):  # DDP must see it in a synchronized pass
                 self.parent.without_side_effects(model, inputs, num_items, run.tensors)
         run.tensors.update()
 

@@ -54,7 +54,7 @@ class AMPTrainerMixin(_Parent):
 
     Raises:
         ValueError: an engine, optimizer, parameter type or `perturb` that AMP would be wrong with,
-            or an `amp_config` that is none.
+            or an `amp_config` that is not an `AMPConfig`.
         TypeError: the mixin stands behind its Trainer.
     """
 
@@ -73,7 +73,7 @@ class AMPTrainerMixin(_Parent):
         if not isinstance(self, Trainer):
             raise ValueError(
                 f"AMPTrainerMixin goes in front of a transformers.Trainer, and "
-                f"{type(self).__name__} is none: mix it into the Trainer that it works with."
+                f"{type(self).__name__} is not one: mix it into the Trainer that it works with."
             )
         if not isinstance(amp_config, AMPConfig | None):
             raise ValueError(f"amp_config must be an AMPConfig or None, got {amp_config!r}.")
@@ -142,7 +142,7 @@ class AMPTrainerMixin(_Parent):
         pushes = self.args.push_to_hub and not _internal_call
         with self._amp_step.at_theta():
             # Without the parent's push, which comes below, with the file.
-            super().save_model(output_dir, _internal_call or pushes)
+            super().save_model(output_dir, _internal_call=_internal_call or pushes)
         if self.args.should_save:
             folder = str(output_dir or self.args.output_dir)
             os.makedirs(folder, exist_ok=True)

@@ -212,6 +212,7 @@ def trainer_of(
     eval_dataset=False,
     begins=None,
     half_weights=False,
+    partly_offloaded=False,
     **kwargs,
 ):
     network, layer = NETS[net]
@@ -241,6 +242,8 @@ def trainer_of(
         },
         **defaults | kwargs,
     )
+    if partly_offloaded:
+        trainer.add_callback(on(["on_train_begin"], functools.partial(offload_in_part, trainer)))
     if ddp:
         trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp)
     if loss_scale:
@@ -259,6 +262,14 @@ def deepspeed_config(stage, zero_optimization=None, **options):
     zero = {"stage": stage, "stage3_param_persistence_threshold": 100}
     options["zero_optimization"] = zero | (zero_optimization or {})
     return dict.fromkeys(taken_over, "auto") | options
+
+
+def offload_in_part(trainer, event, state, control):
+    """What DeepSpeed does with offload_optimizer's `ratio`, on accelerators only."""
+    zero = trainer.model_wrapped.optimizer
+    zero.subgroup_to_device[0] = "an accelerator"
+    zero.backup_optimizer = type(zero.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    zero.backup_optimizer.param_groups = zero.optimizer.param_groups
 
 
 def shard_on_the_cpu():

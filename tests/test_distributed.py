@@ -113,6 +113,7 @@ OF_ENGINE = {
     },
     "zero3": {
         "offloaded": dict(deepspeed=OFFLOADED, gradient_accumulation_steps=2),
+        "partly offloaded": dict(deepspeed=OFFLOADED, partly_offloaded=True),
         "parameters offloaded": dict(
             deepspeed={"zero_optimization": {"offload_param": {"device": "cpu"}}}
         ),
@@ -278,7 +279,7 @@ def alone(case):
     return run("/tmp/unused", **pickle.loads(case))
 
 
-_OF_ENGINES = ("ddp", "fsdp", "deepspeed", "loss_scale", "eval_dataset")
+_OF_ENGINES = ("ddp", "fsdp", "deepspeed", "partly_offloaded", "loss_scale", "eval_dataset")
 
 
 def expected(engine, case):

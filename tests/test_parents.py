@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from amp_hf import AMPConfig, AMPTrainer, AMPTrainerMixin
 from amp_hf.checks import check_parent
+from amp_hf.progress import Progress
 
 
 class CountingTrainer(Trainer):
@@ -45,6 +46,31 @@ def test_a_parents_private_attributes_are_its_own(tmp_path):
     assert outcome(perturbed) == outcome(plain)
 
 
+class Retrying(AMPTrainer):
+    """Repeats a step that fails, as it may for want of memory."""
+
+    passes = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.passes += 1
+        if self.passes == 4:  # at θ + Δ in the second step
+            raise RuntimeError("planted")
+        return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError:
+            return super().training_step(*args, **kwargs)
+
+
+def test_a_step_that_a_subclass_repeats_counts_once(tmp_path):
+    trainer = train(make(), tmp_path, always(), cls=Retrying)
+    assert trainer.passes == 2 * 8 + 2
+    assert Progress.of(trainer.state) == Progress(ascent_steps=8, perturbed_steps=8, first=0)
+    assert outcome(trainer)["weights"] == outcome(train(make(), tmp_path, always()))["weights"]
+
+
 class Bypassing(AMPTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = self.compute_loss(model, inputs)
@@ -70,7 +96,7 @@ class AMPNoTrainer(AMPTrainerMixin, NoTrainer):
 
 
 def test_what_is_no_transformers_trainer_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"AMPNoTrainer is none: mix it into the Trainer") as it:
+    with pytest.raises(ValueError, match=r"AMPNoTrainer is not one: mix it into the Trainer") as it:
         AMPNoTrainer(make(), args=arguments(tmp_path), train_dataset=digits())
     assert "\n" not in str(it.value)
 

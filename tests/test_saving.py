@@ -44,9 +44,9 @@ def test_a_parent_is_told_who_saves(tmp_path, config):
     told = []
 
     class Telling(Trainer):
-        def save_model(self, output_dir=None, _internal_call=False):
-            told.append(_internal_call)
-            super().save_model(output_dir, _internal_call)
+        def save_model(self, output_dir=None, **kwargs):  # all that the Trainer asks for
+            told.append(kwargs.get("_internal_call", False))
+            super().save_model(output_dir, **kwargs)
 
     class Ours(AMPTrainerMixin, Telling): ...
 
