@@ -11,4 +11,4 @@ may come first.
 from amp_hf.text.classification import main
 
 if __name__ == "__main__":
-    main(dict(output_dir="outputs/text"), {}, __doc__)
+    main(dict(output_dir="outputs/text"), description=__doc__)

@@ -4,7 +4,7 @@ import pytest
 from hub_server import TOKEN, use
 from support import MLP, make, trainer_for
 
-from amp_hf.job.pushing import RecipeTrainer
+from amp_hf.job.recipe_trainer import RecipeTrainer
 
 
 def push(endpoint, folder, repository):

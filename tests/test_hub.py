@@ -30,7 +30,8 @@ from transformers.utils import PushInProgress
 from amp_hf import AMPConfig, AMPTrainer
 from amp_hf.images.classification import main
 from amp_hf.job import comparison
-from amp_hf.job.pushing import HubError, RecipeTrainer
+from amp_hf.job.pushing import HubError
+from amp_hf.job.recipe_trainer import RecipeTrainer
 
 SMALL = "--model test_resnet --from_scratch --image_size 24 --use_cpu --num_train_epochs 1"
 REPO = "someone/digits"

@@ -164,7 +164,7 @@ def test_the_average_of_the_weights_is_what_training_ends_at():
         (
             erm_comparison,
             ["--tables", "grids"],
-            "--tables knows choice, results, defaults, others, doses, recipes, grid",
+            "--tables knows choice, results, defaults, others, rises, recipes, grid",
         ),
         (erm_comparison, ["--data", "no/such"], "Pass --data a folder of local copies"),
     ],
@@ -254,10 +254,13 @@ def test_the_frontier_goes_on_where_it_was_and_draws_what_it_has(tmp_path, monke
     accuracies = [100 * run["accuracy"] for run in found["runs"] if run["row"] == rows[2]]
     assert f"{sum(accuracies) / 2:.2f} ± " in table
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    main_of(frontier, monkeypatch, "--print_only", "--output", tmp_path / "frontier.json")
+    assert table in capsys.readouterr().out
+    assert json.loads((tmp_path / "frontier.json").read_text()) == found
 
 
 def test_a_row_whose_radius_sets_itself_is_not_timed_where_it_would_stay_plain(tmp_path):
-    rows = {"AMP()": plan.Row(), "budget 1.15": plan.Row("--budget 1.15")}
+    rows = {"AMP()": plan.Row(), "budget 1.15": plan.Row(budget=1.15)}
     options = plan.RunArguments(rounds=1)
     timed = runs.Runs(frontier.SETTINGS, rows, options, tmp_path / "x.json")
     timed.time([("gtsrb", "AMP()"), ("gtsrb", "budget 1.15")])

@@ -202,10 +202,10 @@ def test_a_checkpoint_may_be_a_link_or_be_linked_to(tmp_path, monkeypatch):
     monkeypatch.chdir(out / "checkpoint-5")
     for wanted in (out / "checkpoint-10", f"{out}/checkpoint-5/", tmp_path / "best", "."):
         args = TrainingArguments(str(out), resume_from_checkpoint=str(wanted), use_cpu=True)
-        assert not output_folder.begins_here(args)
+        assert not output_folder.starts_afresh(args)
     for wanted in (None, str(scratch / "run7")):
         args = TrainingArguments(str(out), resume_from_checkpoint=wanted, use_cpu=True)
-        assert output_folder.begins_here(args)
+        assert output_folder.starts_afresh(args)
 
 
 def test_only_what_a_run_writes_is_set_aside(tmp_path):
@@ -445,7 +445,8 @@ def test_a_yaml_file_sets_arguments_and_the_command_line_overrides_them(tmp_path
     config.write_text("epsilon: 0.3\nmodel: vit_tiny_patch16_224\nfrom_scratch: true\n"
                       "learning_rate: 1e-3\nbf16: false\nscope: null\n")  # fmt: skip
     argv = [str(config), "--model", "resnet34", "--output_dir", str(tmp_path)]
-    images, args, amp = parse({"learning_rate": 0.5, "seed": 7}, {"weight_decay": 0.1}, None, argv)
+    own = {"model": "resnet34", "weight_decay": 0.1}
+    images, args, amp = parse({"learning_rate": 0.5, "seed": 7}, own, None, argv)
     assert (images.model, images.from_scratch, amp.epsilon) == ("resnet34", True, 0.3)
     assert (args.learning_rate, args.seed, args.weight_decay) == (1e-3, 7, 0.1)
 
@@ -497,6 +498,7 @@ OWN = "--model=convnet7_objects --from_scratch"
         (OWN, {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}, True),
         ("run.yaml", {}, True),
         ("run.yaml --bf16=false", {}, False),
+        (OWN + " --run_name bf16", {}, True),
         (OWN + " --bf16=false", {}, False),
         (OWN + " --use_cpu", {}, False),
         (OWN + " --use-cpu=false", {}, False),
@@ -516,7 +518,8 @@ def test_a_network_for_small_images_computes_in_bf16_unless_something_else_is_as
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     argv = [*words.split(), "--output_dir", str(tmp_path)]
-    assert parse(argv=argv)[1].bf16 == bf16
+    recipe = train_cifar10.DEFAULTS, train_cifar10.FROM_SCRATCH_DEFAULTS
+    assert parse(*recipe, None, argv)[1].bf16 == bf16
 
 
 def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
@@ -527,7 +530,7 @@ def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
 
     assert rate("--from_scratch") == ("light_objects", 0.75)
     assert rate("--from_scratch", "--learning_rate=0.5") == ("light_objects", 0.5)
-    assert rate("--from_scratch", "--model=resnet18") == ("light_objects", 0.1)
+    assert rate("--from_scratch", "--model=resnet18") == ("objects", 0.1)
     assert rate() == ("objects", 0.01)
     # Signs are fine-tuned at a rate of their own, and one network sees them at 48 pixels.
     assert rate(recipe=train_gtsrb) == ("strong_signs", 0.05)
@@ -538,7 +541,21 @@ def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
         assert parse(*recipe, None, argv)[0].image_size == size
     # The network for objects, on signs, of which a flip makes others.
     words = ["--from_scratch", "--model=convnet7_objects"]
-    assert rate(*words, recipe=train_gtsrb) == ("strong_signs", 0.75)
+    assert rate(*words, recipe=train_gtsrb) == ("strong_signs", 0.1)
+
+
+def test_help_shows_the_defaults_that_hold_with_the_other_arguments(capsys):
+    recipe = train_cifar10.DEFAULTS, train_cifar10.FROM_SCRATCH_DEFAULTS, train_cifar10.__doc__
+    for words, size, batch in (([], "None", 128), (["--from_scratch"], "32", 512)):
+        with pytest.raises(SystemExit) as exit:
+            parse(*recipe, [*words, "--help"])
+        assert exit.value.code == 0
+        out = capsys.readouterr().out
+        assert train_cifar10.__doc__.strip() in out  # with its lines
+        flat = " ".join(out.split())
+        for name, value in (("image_size", size), ("per_device_train_batch_size", batch)):
+            default = re.search(rf"--{name} {name.upper()},.*?\(default: (\w+)\)", flat)
+            assert default[1] == str(value)
 
 
 def test_only_what_is_trained_on_is_flipped_and_no_longer_where_flatness_is_measured(
@@ -849,7 +866,7 @@ def test_that_a_split_is_left_out_is_said(tmp_path, capsys):
     for fraction, size, said in ((0.0, 16, False), (0.25, 16, True)):
         job = ImageJob(*parse(argv=[*words, f"--validation_fraction={fraction}"]))
         assert len(job.rows.validation) == size
-        assert ("The validation split is left out" in capsys.readouterr().out) is said
+        assert ("The validation split is ignored" in capsys.readouterr().out) is said
 
 
 def test_a_class_too_large_to_compare_all_of_its_images_is_refused(tmp_path, data, monkeypatch):
@@ -964,7 +981,8 @@ def test_epsilon_is_searched_on_held_out_images_and_the_command_printed_trains_w
     monkeypatch.chdir(tmp_path)
     words = [word for word in SMALL.split() if word not in ("--num_train_epochs", "2")]
     words += ["--dataset", data, "--max_train_samples=16"]
-    monkeypatch.setitem(train_cifar10.FROM_SCRATCH_DEFAULTS, "num_train_epochs", 1)
+    own = {"model": "test_resnet", "num_train_epochs": 1}
+    monkeypatch.setattr(train_cifar10, "FROM_SCRATCH_DEFAULTS", own)
     epochs = []
     original = AMPTrainer.evaluate
 

@@ -347,16 +347,30 @@ def test_a_label_of_strings_is_not_taken_for_the_text_and_other_columns_do_not_m
     assert (job.text_columns, job.rows.label_column) == (["what"], "label")
 
 
-def test_of_several_columns_of_strings_the_one_that_is_taken_is_named(tmp_path, encoder, caplog):
-    rows = [{"id": f"row {i}", "what": "a text", "label": i % 2} for i in range(8)]
+def test_of_several_columns_of_strings_the_one_with_a_usual_name_is_taken_and_named(
+    tmp_path, encoder, caplog
+):
+    rows = [{"id": f"row {i}", "sentence": "a text", "label": i % 2} for i in range(8)]
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "ROWS.CSV")
     argv = ["--model", encoder, f"--dataset={tmp_path / 'ROWS.CSV'}", f"--output_dir={tmp_path}"]
     job = TextJob(*parse(argv=argv))
-    assert job.text_columns == ["id"] and "The texts are column 'id'" in caplog.text
-    assert "any of ['what']" in caplog.text
+    assert job.text_columns == ["sentence"] and "The texts are column 'sentence'" in caplog.text
+    assert "any of ['id']" in caplog.text
     caplog.clear()
-    TextJob(*parse(argv=[*argv, "--text_column=what"]))
-    assert "The texts are" not in caplog.text
+    job = TextJob(*parse(argv=[*argv, "--text_column=id"]))
+    assert job.text_columns == ["id"] and "The texts are" not in caplog.text
+
+
+def test_of_several_columns_of_strings_without_a_usual_name_none_is_guessed(
+    tmp_path, encoder, capsys
+):
+    rows = [{"id": f"row {i}", "what": "a text", "label": i % 2} for i in range(8)]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    data = ["--dataset", str(tmp_path / "rows.csv")]
+    with pytest.raises(SystemExit):
+        main(argv=["--model", encoder, *data, f"--output_dir={tmp_path / 'out'}"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"has no text column; it has id \(.*\), what \(.*\), label .*: name one", line)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +392,8 @@ def test_a_base_models_card_of_any_kind_does_not_stop_the_training(tmp_path, hea
 def test_a_class_that_is_called_minus_one_is_refused_with_a_remedy(tmp_path, encoder):
     rows = [row | {"label": (-1) ** i} for i, row in enumerate(texts())]
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "train.csv")
-    argv = arguments(str(tmp_path / "train.csv"), encoder, tmp_path)[:-1]
+    words = arguments(str(tmp_path / "train.csv"), encoder, tmp_path, "--text_column=what")
+    argv = [word for word in words if "label_column" not in word]
     with pytest.raises(ValueError, match=r"-1 stands for unlabeled: .* call that class something"):
         TextJob(*parse(argv=argv))
 
@@ -431,4 +446,4 @@ def test_numbers_with_fractions_are_no_classes(tmp_path, encoder, capsys):
     argv = arguments(str(tmp_path / "scored.parquet"), encoder, tmp_path / "out")
     with pytest.raises(SystemExit):
         main(argv=[*argv, "--label_column=score"])
-    assert "'score' holds numbers of type float64, which are no classes" in capsys.readouterr().err
+    assert "'score' holds numbers of type float64, which are not classes" in capsys.readouterr().err

@@ -24,7 +24,7 @@ class ImageArguments(JobArguments):
     )
     dataset: str = field(
         default="uoft-cs/cifar10",
-        metadata={"help": "A Hub id, a local folder of parquet files, or an image folder."},
+        metadata={"help": "A Hub id, a local folder of images, or a CSV, JSON or parquet file."},
     )
     image_column: str | None = field(
         default=None, metadata={"help": "Default: the first column of images."}
@@ -56,8 +56,8 @@ class ImageArguments(JobArguments):
     track_length: int = field(
         default=1,
         metadata={
-            "help": "How many images show the same thing, on average, as the frames of a video do. "
-            "--validation_fraction keeps them together, unless they are all of a class."
+            "help": "How many images show the same object, on average, as the frames of a video "
+            "do. --validation_fraction keeps them on one side, unless a class has no others."
         },
     )
     cutout: int = field(default=0, metadata={"help": "Pixels a side of Cutout's square; 0: none."})
@@ -108,40 +108,21 @@ _DEFAULTS: dict[str, Any] = dict(
     lr_scheduler_type="cosine",
     max_grad_norm=0.0,
 )
-_FROM_SCRATCH_DEFAULTS: dict[str, Any] = dict(image_size=32, learning_rate=0.1)
-# From scratch, for the networks that the recipes take by themselves.
-_NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
-    # Better than 32, even from a copy of GTSRB that has been reduced to 32 pixels.
-    "preactresnet10_signs": dict(image_size=48, bf16=True),
-    # After airbench94 (Jordan, arXiv 2404.00498), without its further tricks.
-    "convnet7_objects": dict(
-        per_device_train_batch_size=512,
-        learning_rate=0.75,
-        optim_args="momentum=0.85,nesterov=true",
-        weight_decay=4e-4,
-        lr_scheduler_type="linear",
-        warmup_steps=0.2,
-        bf16=True,
-    ),
-}
+_FROM_SCRATCH_DEFAULTS: dict[str, Any] = dict(image_size=32, learning_rate=0.1, num_train_epochs=24)
 
 
 def parse(
     defaults: dict[str, Any] | None = None,
-    from_scratch_defaults: dict[str, Any] | None = None,
+    network_defaults: dict[str, Any] | None = None,
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> tuple[ImageArguments, TrainingArguments, AMPConfig]:
-    """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for images.
-
-    Those of a network that a recipe takes by itself come last.
-    """
-    defaults, from_scratch_defaults = defaults or {}, from_scratch_defaults or {}
+    """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for images."""
     return arguments.parse(
         ImageArguments,
-        _DEFAULTS | defaults,
-        _FROM_SCRATCH_DEFAULTS | defaults | from_scratch_defaults,
+        _DEFAULTS | (defaults or {}),
+        _FROM_SCRATCH_DEFAULTS,
+        network_defaults or {},
         description,
         argv,
-        _NETWORK_DEFAULTS,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -88,6 +89,10 @@ class JobArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines, and names each argument's default."""
+
+
 # For every kind of data; the kind, and then the recipe, add their own.
 _DEFAULTS: dict[str, Any] = dict(
     do_train=True,
@@ -103,9 +108,9 @@ def parse(
     arguments_class: type[JobArguments],
     defaults: dict[str, Any],
     from_scratch_defaults: dict[str, Any],
+    network_defaults: dict[str, Any],
     description: str | None = None,
     argv: list[str] | None = None,
-    network_defaults: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[Any, TrainingArguments, AMPConfig]:
     """Parses the command line, which may begin with the name of a YAML file of arguments.
 
@@ -113,9 +118,10 @@ def parse(
         arguments_class: the kind's, beside `TrainingArguments` and `AMPConfig`.
         defaults: of any argument.
         from_scratch_defaults: further ones, which hold with `--from_scratch`.
-        network_defaults: by `--model`, further ones, which hold with `--from_scratch`. A default of
-            bf16 holds only where it is fast, and where nothing else is asked of the precision, the
-            device or the engine.
+        network_defaults: the `model` that a recipe trains from scratch, and what suits it: further
+            ones, which hold with `--from_scratch` and that model. A default of bf16 holds only
+            where it is fast, and where nothing else is asked of the precision, the device or the
+            engine.
         argv: the arguments, if they do not come from the command line.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -126,22 +132,22 @@ def parse(
         arguments,
         description=description,
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
         usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
     )
     # Asked here, not on import: to ask may begin CUDA, and what is forked later cannot use it then.
     pinned = dict(dataloader_pin_memory=torch.cuda.is_available())
     parser.set_defaults(**pinned | _DEFAULTS | defaults)
-    known = parser.parse_known_args(argv)[0]
+    # Asked for help, the parser shows the defaults that hold with the rest.
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    known = parser.parse_known_args(without_help)[0]
     if known.from_scratch:
         parser.set_defaults(**from_scratch_defaults)
-        network = parser.parse_known_args(argv)[0].model
-        of_network = (network_defaults or {}).get(network, {})
-        if of_network.get("bf16"):
-            bf16 = computes_in_bf16() and not _asks_for_a_device_or_precision(argv)
-            # The Trainer takes bf16 on a CPU only where `use_cpu` says that no GPU is missing.
-            use_cpu = bf16 and not torch.accelerator.is_available()
-            of_network = of_network | dict(bf16=bf16, use_cpu=use_cpu)
-        parser.set_defaults(**of_network)
+        if network_defaults:
+            parser.set_defaults(model=network_defaults["model"])
+            known = parser.parse_known_args(without_help)[0]
+            if known.model == network_defaults["model"]:
+                parser.set_defaults(**_with_bf16_where_it_is_fast(network_defaults, argv))
     if known.budget is not None:
         parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
     parser.set_defaults(**_for_the_optimizer(known.optim, parser.get_default("optim")))
@@ -160,9 +166,19 @@ def _for_the_optimizer(chosen: str, default: str) -> dict[str, Any]:
     return dict(optim_args=None) | warmup
 
 
+def _with_bf16_where_it_is_fast(defaults: dict[str, Any], argv: list[str]) -> dict[str, Any]:
+    if not defaults.get("bf16"):
+        return defaults
+    bf16 = computes_in_bf16() and not _asks_for_a_device_or_precision(argv)
+    # The Trainer takes bf16 on a CPU only where `use_cpu` says that no GPU is missing.
+    use_cpu = bf16 and not torch.accelerator.is_available()
+    return defaults | dict(bf16=bf16, use_cpu=use_cpu)
+
+
 def _asks_for_a_device_or_precision(argv: list[str]) -> bool:
     """Whether the command line or `accelerate launch` does, or for an engine with its own types."""
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
+    options = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    given = {option[2:].replace("-", "_") for option in options}
     return (
         not given.isdisjoint({"bf16", "fp16", "use_cpu", "deepspeed", "fsdp"})
         or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"

@@ -27,9 +27,9 @@ from ..pictures import (
 )
 from ..record import batch_size, results_of
 from ..trainer import AMPTrainer
-from .folder import baseline_folder, begins_here, last_checkpoint
+from .folder import baseline_folder, last_checkpoint, starts_afresh
 from .job import Job
-from .pushing import RecipeTrainer
+from .recipe_trainer import RecipeTrainer
 
 Sets = dict[str, Any]  # datasets, by the name that their metrics begin with
 
@@ -64,7 +64,7 @@ def train_baseline(job: Job, evaluated: Sets) -> AMPTrainer:
         trainer.train_dataset,
         trainer.eval_dataset,
     )
-    checkpoint = None if begins_here(trainer.args) else last_checkpoint(folder)
+    checkpoint = None if starts_afresh(trainer.args) else last_checkpoint(folder)
     result = erm.train(checkpoint)
     erm.save_model()
     erm.save_state()

@@ -96,7 +96,7 @@ def with_labels(
     """The splits with a label column that is a `datasets.ClassLabel`, and that column's name.
 
     Raises:
-        ValueError: there is no such column, or its values are no classes.
+        ValueError: there is no such column, or its values are not classes.
     """
     features = next(iter(splits.values())).features
     classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
@@ -115,7 +115,7 @@ def _with_classes(splits: datasets.DatasetDict, column: str) -> datasets.Dataset
         if numbers < values and all(value.is_integer() for value in numbers):
             raise ValueError(f"Column {column!r} has rows without a label: leave them out.")
         raise ValueError(
-            f"Column {column!r} holds numbers of type {kind}, which are no classes: name another "
+            f"Column {column!r} holds numbers of type {kind}, which are not classes: name another "
             "one with --label_column."
         )
     names = sorted(values - {None, -1})  # which stand for "unlabeled"
@@ -155,7 +155,7 @@ def choose_rows(
     args: TrainingArguments,
     groups: Callable[[datasets.Dataset, str], np.ndarray | None],
 ) -> Rows:
-    """What the arguments say of the splits and of the numbers of rows.
+    """Checks the splits, and divides them into the rows to train, validate and test on.
 
     Args:
         groups: `Job.groups`.
@@ -189,8 +189,8 @@ def choose_rows(
     if arguments.validation_fraction:
         if validation and args.process_index == 0:
             print(
-                "The validation split is left out: --validation_fraction takes rows to train on in "
-                "its place. Without it, the split itself is used."
+                "The validation split is ignored, because --validation_fraction holds out rows of "
+                "the training split instead. Leave the argument out to use the split."
             )
         check_labels(train, label_column, train[NUMBER])
         numbers, fraction = groups(train, label_column), arguments.validation_fraction
@@ -200,6 +200,8 @@ def choose_rows(
         if args.process_index == 0:
             print("The test split has no labels: there will be no test results.")
         del tests["test"]
+    if not validation and not tests and args.process_index == 0:
+        print("There is nothing to evaluate the model on: add --validation_fraction 0.1, say.")
     few, seed = arguments.max_eval_samples, args.seed
     return Rows(
         train=_some(train, _training_size(len(train), arguments, args), seed),

@@ -56,7 +56,7 @@ def _step(checkpoint: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def begins_here(args: TrainingArguments) -> bool:
+def starts_afresh(args: TrainingArguments) -> bool:
     """Whether what lies in the output folder is an earlier run's, and not that of this one."""
     checkpoint = args.resume_from_checkpoint
     return checkpoint is None or Path(str(args.output_dir)).resolve() not in _parents(checkpoint)
@@ -67,20 +67,20 @@ def _parents(checkpoint: str) -> tuple[Path, Path]:
     return Path(os.path.abspath(checkpoint)).parent.resolve(), Path(checkpoint).resolve().parent
 
 
-class SetAside(TrainerCallback):
+class EarlierRun(TrainerCallback):
     """Sets aside what would mix with the run, once the Trainer has accepted all of its arguments.
 
     Attributes:
-        first_step: how many steps had been taken before; `None` until it has.
+        steps: how many steps an earlier run had taken of this one; `None` until this one begins.
     """
 
-    first_step: int | None = None
+    steps: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        if self.first_step is None:  # a smaller batch size begins anew
-            self.first_step = state.global_step
+        if self.steps is None:  # a smaller batch size begins anew
+            self.steps = state.global_step
             if args.should_save:
                 set_aside(args, state)
 
@@ -95,7 +95,7 @@ def set_aside(args: TrainingArguments, state: TrainerState) -> None:
         state: with the step that the training goes on from.
     """
     folder = Path(str(args.output_dir))
-    if begins_here(args):
+    if starts_afresh(args):
         shutil.rmtree(baseline_folder(args), ignore_errors=True)
         found = [path for pattern in OF_A_RUN for path in folder.glob(pattern)]
         what = "An earlier run's model and checkpoints are"

@@ -21,7 +21,7 @@ from ..trainer import AMPTrainer
 from .arguments import JobArguments
 from .data import Rows, choose_rows, load_splits, with_labels
 from .folder import check_model, check_writable, find_checkpoint
-from .pushing import RecipeTrainer
+from .recipe_trainer import RecipeTrainer
 from .time_left import show_time_left
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from ..markdown import literal
 from ..trainer import AMPTrainer
 from .data import DataError
-from .folder import SetAside
+from .folder import EarlierRun
 from .job import Job
 from .pushing import HubError
 
@@ -26,7 +26,7 @@ def main(
     job_class: type[Job],
     parse: Callable[..., tuple],
     defaults: dict[str, Any] | None = None,
-    from_scratch_defaults: dict[str, Any] | None = None,
+    network_defaults: dict[str, Any] | None = None,
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> dict[str, float]:
@@ -37,7 +37,7 @@ def main(
         parse: called with the next four; returns the job's own arguments, `TrainingArguments` and
             `AMPConfig`, which `job_class` takes.
         defaults: this recipe's, of any argument.
-        from_scratch_defaults: further ones, where there are no pretrained weights.
+        network_defaults: further ones, of the `model` that it trains from scratch.
         argv: the arguments, if they do not come from the command line.
 
     Returns:
@@ -48,19 +48,19 @@ def main(
     pushed at its end.
     """
     try:
-        job = job_class(*parse(defaults, from_scratch_defaults, description, argv))
+        job = job_class(*parse(defaults, network_defaults, description, argv))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         _exit(error)
-    begin = SetAside()
-    job.trainer.add_callback(begin)
+    earlier_run = EarlierRun()
+    job.trainer.add_callback(earlier_run)
     try:
-        results = _train_and_evaluate(job, begin)
+        results = _train_and_evaluate(job, earlier_run)
     except DataError as error:  # from a dataloader's worker, with its traceback inside
         _exit(error)
     except HubError as error:
         _exit(error, 1)
     except (ValueError, OSError, ImportError) as error:
-        if begin.first_step is not None:
+        if earlier_run.steps is not None:  # not the arguments' fault: the training had begun
             raise
         _exit(error)
     if not _all_finite(results):
@@ -69,13 +69,13 @@ def main(
     return results
 
 
-def _train_and_evaluate(job: Job, begin: SetAside) -> dict[str, float]:
+def _train_and_evaluate(job: Job, earlier_run: EarlierRun) -> dict[str, float]:
     """Saves after each step, so that a later one that fails loses nothing."""
     trainer = job.trainer
     evaluated: dict[str, Any] = dict(job.tests)
     if trainer.eval_dataset is not None:
         evaluated = {"eval": trainer.eval_dataset} | evaluated
-    results = _train_and_save(trainer, begin)
+    results = _train_and_save(trainer, earlier_run)
     _evaluate(trainer, evaluated, results)
     trainer.create_model_card(tasks=job.pipeline)
     failure = None
@@ -93,12 +93,12 @@ def _train_and_evaluate(job: Job, begin: SetAside) -> dict[str, float]:
     return results
 
 
-def _train_and_save(trainer: AMPTrainer, begin: SetAside) -> dict[str, float]:
+def _train_and_save(trainer: AMPTrainer, earlier_run: EarlierRun) -> dict[str, float]:
     metrics = trainer.train(trainer.args.resume_from_checkpoint).metrics
     trainer.save_model(_internal_call=True)  # pushed later, with all that its card will say
     trainer.save_state()
-    if trainer.state.global_step == begin.first_step:
-        # It was killed after its last step, and its loss and its time are those that it wrote.
+    if trainer.state.global_step == earlier_run.steps:
+        # That one was killed after its last step, and the loss and the time are what it wrote.
         written = Path(str(trainer.args.output_dir), "train_results.json")
         return json.loads(written.read_text()) if written.exists() else {}
     trainer.log_metrics("train", metrics)

@@ -1,4 +1,4 @@
-"""The recipes' trainer: its evaluations leave nothing out, and its pushes lose and leak nothing."""
+"""Pushes to the Hub that lose no model and leak no token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, create_branch
 from huggingface_hub.errors import HfHubHTTPError
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import HubStrategy
 
 from ..config import AMP_CONFIG_NAME
-from ..preserve import temporarily
 from ..trainer import AMPTrainer
 from .folder import OF_A_RUN
 
@@ -29,14 +27,8 @@ class HubError(RuntimeError):
     """A push failed, or could not begin. The message says why, and what to do."""
 
 
-class RecipeTrainer(AMPTrainer):
-    """An `AMPTrainer` that evaluates whole sets, and whose pushes lose no model and leak no token.
-
-    After `train`, the model is what evaluations measure, with schedule-free optimizers, too.
-
-    `dataloader_drop_last` and `dataloader_persistent_workers` hold in training only. The Trainer
-    would drop the last batch of a test set, too, and with persistent workers take the dataloader of
-    the first set for all others.
+class PushingTrainer(AMPTrainer):
+    """An `AMPTrainer` whose pushes lose no model and leak no token.
 
     A push that fails raises a `HubError` of one line, after the model has been saved; one that
     fails in the background is a warning. A repository that cannot be created raises a `HubError`
@@ -47,43 +39,12 @@ class RecipeTrainer(AMPTrainer):
 
     # The Trainer's own.
     hub_model_id: Any
-    optimizer: Any
     push_in_progress: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.hub_token is not None:
             self.args.hub_token = _Token(self.args.hub_token)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
-        # Evaluations move a schedule-free optimizer's parameters to its average: what is saved now
-        # is what they will measure.
-        self.optimizer.eval()
-        return result
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        # The Trainer notices that it has taken all steps only after one more, where a run goes on
-        # that had ended amid an epoch.
-        if self.state.global_step >= self.state.max_steps:
-            return [], None
-        return super().get_batch_samples(*args, **kwargs)
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        with self._whole_sets():
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        with self._whole_sets():
-            return super().get_test_dataloader(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _whole_sets(self) -> Iterator[None]:
-        with (
-            temporarily(self.args, "dataloader_drop_last", False),
-            temporarily(self.args, "dataloader_persistent_workers", False),
-        ):
-            yield
 
     # The parents of transformers 5.19 and newer take `private`, too; here it is one of `kwargs`.
     def init_hf_repo(  # type: ignore[override]

@@ -26,7 +26,10 @@ class TextArguments(JobArguments):
     )
     text_column: list[str] = field(
         default_factory=list,
-        metadata={"help": "Default: the first column of strings. Two columns are a pair."},
+        metadata={
+            "help": "Default: text, sentence, content or review, or the only column of strings. "
+            "Two columns are a pair."
+        },
     )
     max_length: int = field(
         default=128,
@@ -63,7 +66,7 @@ _DEFAULTS: dict[str, Any] = dict(
 
 def parse(
     defaults: dict[str, Any] | None = None,
-    from_scratch_defaults: dict[str, Any] | None = None,
+    network_defaults: dict[str, Any] | None = None,
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> tuple[TextArguments, TrainingArguments, AMPConfig]:
@@ -71,7 +74,8 @@ def parse(
     return arguments.parse(
         TextArguments,
         _DEFAULTS | (defaults or {}),
-        from_scratch_defaults or {},
+        {},
+        network_defaults or {},
         description,
         argv,
     )

@@ -38,6 +38,7 @@ from .arguments import parse
 logger = get_logger(__name__)  # of the main process alone
 
 PROBLEM = "single_label_classification"  # whatever the base model was for
+USUAL_COLUMNS = ("text", "sentence", "content", "review")
 STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
 
 
@@ -49,15 +50,18 @@ class TextJob(Job):
     def input_columns(self, features: datasets.Features) -> list[str]:
         chosen = self.arguments
         strings = [name for name in features if features[name] in STRINGS]
-        if not chosen.text_column and len(strings) > 1:
-            logger.warning(
-                f"The texts are column {strings[0]!r}. With --text_column they may also be any of "
-                f"{strings[1:]}."
-            )
+        # Of several, one with another name could be an id or a title.
+        usual = strings if len(strings) == 1 else [x for x in USUAL_COLUMNS if x in strings]
         self.text_columns = [
-            find_column(chosen.dataset, features, "text", name, strings)
+            find_column(chosen.dataset, features, "text", name, usual, strings)
             for name in chosen.text_column or [None]
         ]
+        if not chosen.text_column and len(strings) > 1:
+            (text,) = self.text_columns
+            rest = [name for name in strings if name != text]
+            logger.warning(
+                f"The texts are column {text!r}. With --text_column they may also be any of {rest}."
+            )
         return self.text_columns
 
     def build_model(self) -> Any:

@@ -12,7 +12,8 @@ and nothing waits between them. The images are random noise, prepared in advance
     time      of a step, from the forward pass to the optimizer, over the stock Trainer's; with one
               ascent, or with Δ reused from an earlier step
     memory    peak of live tensors during the steps minus the stock one's, in parameter copies
-    exact     whether the weights are restored to the bit (a copy does, subtraction does not)
+    exact     whether the weights are restored to the bit, by construction: a copy restores them,
+              a subtraction does not
 
 The alternatives (alternatives.py) also run inside the Trainer and with the same optimizer, SGD with
 Nesterov momentum. The last line compares the throughput of images that are augmented on the fly
@@ -48,6 +49,7 @@ from amp_hf.compat import sgd_with_arguments
 from amp_hf.images.augment import train_transform
 from amp_hf.images.backbones import build_model, preprocessing
 from amp_hf.images.data import ImageDataset, as_is
+from amp_hf.job.arguments import HelpFormatter
 
 LABELS = [str(i) for i in range(10)]
 
@@ -242,7 +244,12 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(BenchmarkArguments, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(
+        BenchmarkArguments,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
     try:
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:

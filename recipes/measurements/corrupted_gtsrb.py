@@ -22,16 +22,17 @@ from plan import CORRUPTIONS, GTSRB
 from amp_hf.job.data import load_splits
 
 SMALLEST = 32  # pixels
+SEVERITY = 3  # of 5
 
 
-def corrupted(rows: datasets.Dataset, name: str, severity: int) -> datasets.Dataset:
-    """`rows` with each image corrupted; the same for the same image, name and severity."""
+def corrupted(rows: datasets.Dataset, name: str) -> datasets.Dataset:
+    """`rows` with each image corrupted; the same for the same image and name."""
     from imagecorruptions import corrupt
 
     def one(row: dict, number: int) -> dict:
         np.random.seed(zlib.crc32(f"{name} {number}".encode()))  # imagecorruptions takes no seed
         pixels = np.array(row["image"].convert("RGB"))
-        return {"image": corrupt(pixels, severity=severity, corruption_name=name)}
+        return {"image": corrupt(pixels, severity=SEVERITY, corruption_name=name)}
 
     return rows.map(
         one, with_indices=True, features=rows.features, num_proc=os.cpu_count(), desc=name
@@ -44,7 +45,6 @@ def main() -> None:
     )
     parser.add_argument("--dataset", default=GTSRB, help="a Hub id or a folder")
     parser.add_argument("--output", required=True, help="a folder, which is created")
-    parser.add_argument("--severity", type=int, default=3, choices=range(1, 6))
     options = parser.parse_args()
     if importlib.util.find_spec("imagecorruptions") is None:
         sys.exit(
@@ -75,7 +75,7 @@ def main() -> None:
         for name in ("train", "test"):
             splits[name].to_parquet(part / f"{name}-00000-of-00001.parquet")
         for name in CORRUPTIONS:
-            rows = corrupted(splits["test"], name, options.severity)
+            rows = corrupted(splits["test"], name)
             rows.to_parquet(part / f"{name}-00000-of-00001.parquet")
         part.rename(folder)
     print(f"Saved {options.output}: train, test, {', '.join(CORRUPTIONS)}")

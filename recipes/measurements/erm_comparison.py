@@ -1,7 +1,8 @@
-"""AMP beside ERM on several networks, data sets and schedules: tables and a plot of README.md.
+"""AMP compared with ERM on several networks, data sets and schedules: tables and two pictures.
 
     python recipes/measurements/erm_comparison.py --data path/to/copies
     python recipes/measurements/erm_comparison.py --tables results --output my_runs.json
+    python recipes/measurements/erm_comparison.py --print_only
 
 Runs all that erm_comparison.json, or the file that `--output` names, does not hold yet, which takes
 days, and tests the model of the last epoch. `--data` is a folder of local copies, in its folders
@@ -11,7 +12,7 @@ each with its own `--seeds`, `--tables`, `--settings` or `--rows`. The tables:
     choice      choose ε for AMP at every step, on a fifth of the training set, held out
     results     compare on the official test sets
     defaults    one setting for every network and every schedule, long and short
-    doses       whether the default's dose is too much, where it loses or epochs are few
+    rises       half and a quarter of the default `rise`, where it loses or epochs are few
     recipes     train_gtsrb.py and train_cifar10.py from scratch, as they are
                 (GTSRB's at 32 pixels, too)
     others      what else a user might take, and AMP() together with it
@@ -34,7 +35,6 @@ from erm_settings import (
     AS_RECIPES,
     COMPARED,
     DEFAULTS,
-    DOSES,
     ELEMENTWISE,
     FURTHER,
     HELD_OUT,
@@ -45,6 +45,7 @@ from erm_settings import (
     SCHEDULES,
     SETTINGS,
     SMALLER_RATE,
+    SMALLER_RISES,
     TRIED,
     TWICE,
     held_out,
@@ -53,6 +54,8 @@ from plan import RunArguments, check_names
 from runs import Runs
 from tables import line, lines_of, mean_and_spread
 from transformers import HfArgumentParser
+
+from amp_hf.job.arguments import HelpFormatter
 
 GRID = {
     "gtsrb test_resnet short": "a short schedule",
@@ -72,7 +75,7 @@ RECIPE_ROWS = [name for name in (RESULTS | ALTERNATIVES) if not ROWS[name].chose
 SMALL_SETTINGS = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
 COLUMNS = {"accuracy": "accuracy, %", "nll": "NLL", "scaled_nll": "NLL, scaled", "ece": "ECE"}
 WITHOUT_TUNING = (*DEFAULTS, ELEMENTWISE)
-DOSED = ("digits test_vit", "gtsrb efficientnet")
+WITH_SMALLER_RISES = ("digits test_vit", "gtsrb efficientnet")
 
 # Of each table: its seeds, its settings and rows.
 THREE, MORE = [10, 11, 12], [13, 14]
@@ -86,7 +89,10 @@ TABLES = {
         + [(key, "AMP") for key in EVERYWHERE if key in TRIED],
     ),
     "others": (THREE, [(key, name) for name in ALTERNATIVES for key in SMALL_SETTINGS]),
-    "doses": (FIVE, [(key, name) for name in ("ERM", "AMP()", *DOSES) for key in DOSED]),
+    "rises": (
+        FIVE,
+        [(key, name) for name in ("ERM", "AMP()", *SMALLER_RISES) for key in WITH_SMALLER_RISES],
+    ),
     "recipes": (THREE, [(key, name) for name in RECIPE_ROWS for key in AS_RECIPES]),
     "grid": ([0], [(key, name) for name in GRID_ROWS for key in GRID]),
 }
@@ -128,9 +134,9 @@ def defaults_table(runs: Runs) -> str:
     return _differences(runs, EVERYWHERE, (*WITHOUT_TUNING, "AMP"))
 
 
-def doses_table(runs: Runs) -> str:
-    """The same, for smaller doses."""
-    return _differences(runs, DOSED, ("AMP()", *DOSES))
+def rises_table(runs: Runs) -> str:
+    """The same, for smaller rises."""
+    return _differences(runs, WITH_SMALLER_RISES, ("AMP()", *SMALLER_RISES))
 
 
 def others_table(runs: Runs) -> str:
@@ -226,7 +232,7 @@ TO_PRINT = (
     choice_table,
     results_table,
     defaults_table,
-    doses_table,
+    rises_table,
     others_table,
     recipes_table,
 )
@@ -239,7 +245,8 @@ def _picture(runs: Runs, name: str) -> Path:
 @dataclass
 class ComparisonArguments(RunArguments):
     tables: list[str] = field(
-        default_factory=lambda: list(TABLES), metadata={"help": "Whose runs are made."}
+        default_factory=lambda: list(TABLES),
+        metadata={"help": "The tables whose runs are made, of those above."},
     )
 
     def __post_init__(self) -> None:
@@ -249,10 +256,13 @@ class ComparisonArguments(RunArguments):
 def main() -> None:
     try:
         (options,) = HfArgumentParser(
-            ComparisonArguments, description=__doc__, allow_abbrev=False
+            ComparisonArguments,
+            description=__doc__,
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
         ).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
-        for name in options.tables:
+        for name in () if options.print_only else options.tables:
             seeds, cells = TABLES[name]
             runs.fill(cells, seeds)
             if name == "results":

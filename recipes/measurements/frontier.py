@@ -2,6 +2,7 @@
 
     python recipes/measurements/frontier.py --data path/to/copies
     python recipes/measurements/frontier.py --output runs.json --settings gtsrb --rows ERM
+    python recipes/measurements/frontier.py --print_only
 
 Runs all that frontier.json does not hold yet, which takes hours; `--data` is a folder of local
 copies, in its folders cifar10 and gtsrb. It trains timm's smallest ResNet from scratch on subsets,
@@ -23,6 +24,8 @@ from runs import Runs
 from tables import lines_of
 from transformers import HfArgumentParser
 from variants import BF16Ascents, LookSAM, MomentumAscent, PreviousGradient
+
+from amp_hf.job.arguments import HelpFormatter
 
 SETTINGS = {
     "cifar10": Setting(
@@ -144,12 +147,13 @@ def plot(runs: Runs, path: Path) -> None:
 def main() -> None:
     try:
         (options,) = HfArgumentParser(
-            RunArguments, description=__doc__, allow_abbrev=False
+            RunArguments, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
         ).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
         cells = [(key, name) for name in ROWS for key in SETTINGS]
-        runs.fill(cells, seeds=[10, 11, 12])
-        runs.time(cells)
+        if not options.print_only:
+            runs.fill(cells, seeds=[10, 11, 12])
+            runs.time(cells)
     except ValueError as error:
         sys.exit(f"frontier.py: error: {error}")
     for key in SETTINGS:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
+from amp_hf.job.arguments import HelpFormatter
 from amp_hf.job.folder import last_checkpoint
 
 HERE = Path(__file__).parent
@@ -60,7 +61,7 @@ def jobs(data: str | None) -> dict[str, list[str]]:
     large = ["--workloads", "vit_small_patch16_224:224:64", "resnet50:224:64"]
     own = ["--trainers", "AMPTrainer", "AMPTrainer, reusing Δ"]
     beside = [str(HERE / "erm_comparison.py"), "--output", str(HERE / "erm_comparison_gpu.json")]
-    beside += ["--tables", "recipes", "--settings", "cifar10 recipe", "--rounds", "0"]
+    beside += ["--tables", "recipes", "--settings", "cifar10 recipe"]
     beside += ["--data", data] if data else []
     return {
         "tests": ["-m", "pytest", str(recipes.parent / "tests"), "-m", "gpu", "-q"],
@@ -124,7 +125,9 @@ def _process(words: list[str], output) -> Iterator[subprocess.Popen]:
 
 def main() -> None:
     try:
-        parser = HfArgumentParser(GPUArguments, description=__doc__, allow_abbrev=False)
+        parser = HfArgumentParser(
+            GPUArguments, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+        )
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         sys.exit(f"on_gpu.py: error: {error}")

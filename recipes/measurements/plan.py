@@ -63,6 +63,7 @@ class Row:
     Args:
         argv: further arguments of the recipe.
         epsilon: the radius; `None`: the recipe's default.
+        budget: as `AMPConfig.for_budget` takes it.
         chosen_epsilon: the radius is the setting's, which held-out images chose.
         held_out: test on a fifth of the training set, held out, instead of on the test set.
         family: the rows that a plot shows alike.
@@ -72,6 +73,7 @@ class Row:
 
     argv: str = ""
     epsilon: float | None = None
+    budget: float | None = None
     chosen_epsilon: bool = False
     held_out: bool = False
     family: str | None = None
@@ -86,8 +88,8 @@ class Row:
     @property
     def passes(self) -> float:
         """Forward and backward passes of a training, as a multiple of ERM's."""
-        if "--budget" in self.argv:
-            per_step = float(self.argv.split()[-1])
+        if self.budget is not None:
+            per_step = self.budget
         elif self.epsilon == 0:
             per_step = 1.0
         elif self.sets_itself:
@@ -101,17 +103,29 @@ class Row:
         epsilon = setting.epsilon if self.chosen_epsilon else self.epsilon
         tracks = " --track_length 1" if setting.job is ImageJob else ""
         held_out = f"--validation_fraction 0.2{tracks}" if self.held_out else ""
-        return f"{held_out} {self.argv}" + ("" if epsilon is None else f" --epsilon {epsilon}")
+        budget = "" if self.budget is None else f"--budget {self.budget:g}"
+        radius = "" if epsilon is None else f"--epsilon {epsilon}"
+        return f"{held_out} {self.argv} {budget} {radius}"
 
 
 @dataclass
 class RunArguments:
-    settings: list[str] | None = field(default=None, metadata={"help": "Default: all."})
-    rows: list[str] | None = field(default=None, metadata={"help": "Default: all."})
-    seeds: list[int] | None = field(
-        default=None, metadata={"help": "Default: those of the tables in README.md."}
+    settings: list[str] | None = field(
+        default=None, metadata={"help": "Networks on data sets, by name. Default: all."}
     )
-    rounds: int = field(default=9, metadata={"help": "Of the timing; 0: time nothing."})
+    rows: list[str] | None = field(
+        default=None,
+        metadata={"help": "Ways to train, by their names in the tables. Default: all."},
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Of the trainings. Default: the tables' own."}
+    )
+    rounds: int = field(
+        default=9, metadata={"help": "How often each row is timed, in short trainings; 0: not."}
+    )
+    print_only: bool = field(
+        default=False, metadata={"help": "Run nothing: print and draw what the file holds."}
+    )
     data: str | None = field(
         default=None,
         metadata={"help": "A folder of local copies, of data sets and models. Default: the Hub."},
