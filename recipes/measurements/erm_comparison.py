@@ -75,6 +75,7 @@ RECIPE_ROWS = [name for name in (RESULTS | ALTERNATIVES) if not ROWS[name].chose
 SMALL_SETTINGS = ("gtsrb test_resnet", "cifar10 test_resnet", "gtsrb test_vit", "cifar10 test_vit")
 COLUMNS = {"accuracy": "accuracy, %", "nll": "NLL", "scaled_nll": "NLL, scaled", "ece": "ECE"}
 WITHOUT_TUNING = (*DEFAULTS, ELEMENTWISE)
+LONG = (*COMPARED, "digits test_resnet", "digits test_vit", "cifar10 preactresnet18")
 WITH_SMALLER_RISES = ("digits test_vit", "gtsrb efficientnet")
 
 # Of each table: its seeds, its settings and rows.
@@ -108,6 +109,25 @@ def results_table(runs: Runs) -> str:
         if found := lines_of(runs, key, RESULTS, ("accuracy", "nll", "ece", "eigenvalue")):
             lines += [f"| **{_title(key)}** | | | | | | |", *found]
     return "\n".join(lines)
+
+
+def summary_table(runs: Runs) -> str:
+    """ERM, and differences to ERM with the same seed, where networks train for long."""
+    names = (*DEFAULTS, "AMP", "ERM, 2 × the epochs")
+    return _differences(runs, LONG, names, ("accuracy", "nll"))
+
+
+def fine_tuning_table(runs: Runs) -> str:
+    """The same, where pretrained networks are fine-tuned on few samples."""
+    keys = [key for key in FURTHER if SETTINGS[key].pretrained]
+    return _differences(runs, keys, (*DEFAULTS, "AMP"))
+
+
+def alternatives_table(runs: Runs) -> str:
+    """The same for what else a user might take."""
+    names = (*DEFAULTS, *(name for name in ALTERNATIVES if not name.endswith(", AMP()")))
+    runs = runs.without(MORE)
+    return _differences(runs, SMALL_SETTINGS, names, ("accuracy", "nll"), usual=len(THREE))
 
 
 def choice_table(runs: Runs) -> str:
@@ -167,18 +187,26 @@ def _untimed_table(
     return "\n".join(head + lines if lines else ())
 
 
-def _differences(runs: Runs, keys: Iterable[str], names: Sequence[str]) -> str:
+def _differences(
+    runs: Runs,
+    keys: Iterable[str],
+    names: Sequence[str],
+    columns: Sequence[str] = ("accuracy", "nll", "ece"),
+    usual: int = len(FIVE),
+) -> str:
+    """Cells of another number of seeds than the usual one name it."""
     lines = [f"| | ERM | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for key in keys:
         if runs.values(key, "ERM", "nll"):
-            cells = (_difference(runs, key, name) for name in ("ERM", *names))
+            cells = (_difference(runs, key, name, columns, usual) for name in ("ERM", *names))
             lines.append(line([_title(key), *cells]))
     return "\n".join(lines)
 
 
-def _difference(runs: Runs, key: str, name: str) -> str:
+def _difference(runs: Runs, key: str, name: str, columns: Sequence[str], usual: int) -> str:
     parts, n = [], 0
-    for column, factor, digits in (("accuracy", 100, 1), ("nll", 1, 3), ("ece", 1, 3)):
+    for column in columns:
+        factor, digits = (100, 1) if column == "accuracy" else (1, 3)
         values = runs.by_seed(key, name, column)
         if name != "ERM":
             erm = runs.by_seed(key, "ERM", column)
@@ -189,7 +217,7 @@ def _difference(runs: Runs, key: str, name: str) -> str:
             n = len(values)
     if parts and runs.rows[name].chosen_epsilon:
         parts.append(f"ε {runs.settings[key].epsilon:g}")
-    if n not in (0, len(FIVE)):
+    if n not in (0, usual):
         parts.append(f"n = {n}")
     return "<br>".join(parts).replace("-", "−")
 
@@ -229,6 +257,9 @@ def draw_grid(runs: Runs, path: Path) -> None:
 
 
 TO_PRINT = (
+    summary_table,
+    fine_tuning_table,
+    alternatives_table,
     choice_table,
     results_table,
     defaults_table,
