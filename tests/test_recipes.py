@@ -869,6 +869,14 @@ def test_that_a_split_is_left_out_is_said(tmp_path, capsys):
         assert ("The validation split is ignored" in capsys.readouterr().out) is said
 
 
+def test_that_nothing_will_be_evaluated_is_said(tmp_path, capsys):
+    rows(0, 64).to_parquet(tmp_path / "train.parquet")
+    words = ["--dataset", str(tmp_path / "train.parquet"), f"--output_dir={tmp_path / 'out'}"]
+    for fraction, said in ((0.0, True), (0.25, False)):
+        ImageJob(*parse(argv=[*SMALL.split(), *words, f"--validation_fraction={fraction}"]))
+        assert ("There is nothing to evaluate" in capsys.readouterr().out) is said
+
+
 def test_a_class_too_large_to_compare_all_of_its_images_is_refused(tmp_path, data, monkeypatch):
     monkeypatch.setattr(tracks, "LARGEST", 10)
     argv = [*SMALL.split(), "--dataset", data, "--validation_fraction=0.1", "--track_length=5"]
