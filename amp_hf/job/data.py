@@ -163,29 +163,13 @@ def choose_rows(
     Raises:
         ValueError: a split is missing, a row has no label, or too few are left to train on.
     """
-    for argument, names in (("--dataset", ["train"]), ("--eval_splits", arguments.eval_splits)):
-        if missing := [name for name in names if name not in splits]:
-            raise ValueError(
-                f"{argument}: {arguments.dataset!r} has no split {missing[0]!r}, only "
-                f"{list(splits)}."
-            )
+    _check_splits(splits, arguments)
     numbered = {
         name: rows.select_columns([*columns, label_column]).add_column(NUMBER, np.arange(len(rows)))
         for name, rows in splits.items()
     }
     train, validation = numbered["train"], numbered.get("validation")
-    if "eval" in arguments.eval_splits and (validation or arguments.validation_fraction):
-        raise ValueError(
-            "--eval_splits: a split 'eval' would take the place of the validation results, which "
-            "are called that. Give it another name."
-        )
-    classes = train.features[label_column].names
-    if len(classes) < 2:
-        check_labels(train, label_column, train[NUMBER])  # -1 may have been meant for one
-        raise ValueError(
-            f"{arguments.dataset!r} has one class in column {label_column!r}, {classes}: there is "
-            "nothing to tell apart."
-        )
+    _check_classes(train, label_column, arguments.dataset)
     if arguments.validation_fraction:
         if validation and args.process_index == 0:
             print(
@@ -209,6 +193,31 @@ def choose_rows(
         tests={name: _some(rows, few, seed) for name, rows in tests.items()},
         label_column=label_column,
     )
+
+
+def _check_splits(splits: datasets.DatasetDict, arguments: JobArguments) -> None:
+    for argument, names in (("--dataset", ["train"]), ("--eval_splits", arguments.eval_splits)):
+        if missing := [name for name in names if name not in splits]:
+            raise ValueError(
+                f"{argument}: {arguments.dataset!r} has no split {missing[0]!r}, only "
+                f"{list(splits)}."
+            )
+    validated = "validation" in splits or arguments.validation_fraction
+    if "eval" in arguments.eval_splits and validated:
+        raise ValueError(
+            "--eval_splits: a split 'eval' would take the place of the validation results, which "
+            "are called that. Give it another name."
+        )
+
+
+def _check_classes(train: datasets.Dataset, label_column: str, dataset: str) -> None:
+    classes = train.features[label_column].names
+    if len(classes) < 2:
+        check_labels(train, label_column, train[NUMBER])  # -1 may have been meant for one
+        raise ValueError(
+            f"{dataset!r} has one class in column {label_column!r}, {classes}: there is nothing to "
+            "tell apart."
+        )
 
 
 def _divided(
@@ -256,6 +265,7 @@ def _held_out(labels: np.ndarray, groups: np.ndarray, fraction: float, seed: int
 
 
 def _training_size(available: int, arguments: JobArguments, args: TrainingArguments) -> int:
+    """How many rows to train on, so that no batch is of a single sample."""
     size = min(available, arguments.max_train_samples or available)
     if args.dataloader_drop_last and size < args.train_batch_size * args.world_size:
         raise ValueError(
