@@ -6,8 +6,8 @@
 
 Further arguments are those of the recipe. The stock Trainer (ε = 0), `AMPConfig()`, whose ε sets
 itself, and then every trial train on the same images from the same initial weights; the test set is
-not used. A trial takes twice the stock Trainer's passes: 12 of them take about 27 times as long as
-one training without AMP. Prints the command that trains with the best ε.
+not used. Without `--budget`, a trial takes twice the stock Trainer's passes: 12 of them take about
+27 times as long as one training without AMP. Prints the command that trains with the best ε.
 """
 
 import copy

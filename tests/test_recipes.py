@@ -510,7 +510,7 @@ OWN = "--model=convnet7_objects --from_scratch"
         ("--model=test_resnet --from_scratch", {}, False),
     ],
 )
-def test_a_network_for_small_images_computes_in_bf16_unless_something_else_is_asked_for(
+def test_a_recipes_own_network_computes_in_bf16_unless_something_else_is_asked_for(
     tmp_path, monkeypatch, words, variables, bf16
 ):
     monkeypatch.chdir(tmp_path)
@@ -554,7 +554,7 @@ def test_help_shows_the_defaults_that_hold_with_the_other_arguments(capsys):
         assert train_cifar10.__doc__.strip() in out  # with its lines
         flat = " ".join(out.split())
         for name, value in (("image_size", size), ("per_device_train_batch_size", batch)):
-            default = re.search(rf"--{name} {name.upper()},.*?\(default: (\w+)\)", flat)
+            default = re.search(rf"--{name}[ ,].*?\(default: (\w+)\)", flat)
             assert default[1] == str(value)
 
 

@@ -169,13 +169,22 @@ def test_a_deepspeed_that_lacks_what_an_ascent_needs_is_refused(monkeypatch):
         _check_deepspeed(SimpleNamespace(deepspeed_config={}, zero_stage=2))
 
 
-@pytest.mark.parametrize("split", ["tp_size", "cp_size"])
+@pytest.mark.parametrize("split", ["tp_size", "cp_size", "sp_size"])
 def test_a_model_that_is_split_over_ranks_is_refused(tmp_path, monkeypatch, split):
     trainer = trainer_for(make(), tmp_path, always())
     plan = ParallelismConfig(**{split: 2})
     monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
-    with pytest.raises(ValueError, match=f"does not support .*{split}.* in parallelism_config"):
+    with pytest.raises(ValueError, match="does not support tp_size, .* in parallelism_config"):
         check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+
+
+def test_a_model_that_transformers_has_split_is_refused(tmp_path):
+    model = make()
+    model.is_distributed_loading_by_transformers = True  # as `from_pretrained` marks it
+    with pytest.raises(
+        ValueError, match="does not support a model that `from_pretrained` has split"
+    ):
+        trainer_for(model, tmp_path, always())
 
 
 def test_data_parallel_is_refused(tmp_path):

@@ -24,7 +24,7 @@ class ImageArguments(JobArguments):
     )
     dataset: str = field(
         default="uoft-cs/cifar10",
-        metadata={"help": "A Hub id, a local folder of images, or a CSV, JSON or parquet file."},
+        metadata={"help": "A Hub id, a local folder (images, or parquet files) or a parquet file."},
     )
     image_column: str | None = field(
         default=None, metadata={"help": "Default: the first column of images."}
@@ -57,7 +57,8 @@ class ImageArguments(JobArguments):
         default=1,
         metadata={
             "help": "How many images show the same object, on average, as the frames of a video "
-            "do. --validation_fraction keeps them on one side, unless a class has no others."
+            "do. --validation_fraction keeps them on one side of the split, unless they are all "
+            "of a class."
         },
     )
     cutout: int = field(default=0, metadata={"help": "Pixels a side of Cutout's square; 0: none."})
@@ -117,7 +118,11 @@ def parse(
     description: str | None = None,
     argv: list[str] | None = None,
 ) -> tuple[ImageArguments, TrainingArguments, AMPConfig]:
-    """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for images."""
+    """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for images.
+
+    With `--from_scratch`, the image size, learning rate and number of epochs are those for small
+    images whatever `defaults` says, unless `network_defaults` does.
+    """
     return arguments.parse(
         ImageArguments,
         _DEFAULTS | (defaults or {}),

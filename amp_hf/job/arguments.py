@@ -118,10 +118,10 @@ def parse(
         arguments_class: the kind's, beside `TrainingArguments` and `AMPConfig`.
         defaults: of any argument.
         from_scratch_defaults: further ones, which hold with `--from_scratch`.
-        network_defaults: the `model` that a recipe trains from scratch, and what suits it: further
-            ones, which hold with `--from_scratch` and that model. A default of bf16 holds only
-            where it is fast, and where nothing else is asked of the precision, the device or the
-            engine.
+        network_defaults: empty, or the `model` that a recipe trains from scratch and what suits it:
+            further ones, which hold with `--from_scratch` and that model. A default of bf16 holds
+            only where it is fast, and where nothing else is asked of the precision, the device or
+            the engine.
         argv: the arguments, if they do not come from the command line.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -148,7 +148,7 @@ def parse(
             known = parser.parse_known_args(without_help)[0]
             if known.model == network_defaults["model"]:
                 parser.set_defaults(**_with_bf16_where_it_is_fast(network_defaults, argv))
-    if known.budget is not None:
+    if known.budget is not None and without_help == argv:
         parser.set_defaults(**AMPConfig.for_budget(known.budget).to_dict())
     parser.set_defaults(**_for_the_optimizer(known.optim, parser.get_default("optim")))
     if str(known.metric_for_best_model).removeprefix("eval_") in ("nll", "ece"):

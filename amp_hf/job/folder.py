@@ -71,7 +71,7 @@ class EarlierRun(TrainerCallback):
     """Sets aside what would mix with the run, once the Trainer has accepted all of its arguments.
 
     Attributes:
-        steps: how many steps an earlier run had taken of this one; `None` until this one begins.
+        steps: how many of this run's steps an earlier one had taken; `None` before the training.
     """
 
     steps: int | None = None

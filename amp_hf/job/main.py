@@ -98,7 +98,7 @@ def _train_and_save(trainer: AMPTrainer, earlier_run: EarlierRun) -> dict[str, f
     trainer.save_model(_internal_call=True)  # pushed later, with all that its card will say
     trainer.save_state()
     if trainer.state.global_step == earlier_run.steps:
-        # That one was killed after its last step, and the loss and the time are what it wrote.
+        # That one was killed after its last step: its loss and time are in the file that it wrote.
         written = Path(str(trainer.args.output_dir), "train_results.json")
         return json.loads(written.read_text()) if written.exists() else {}
     trainer.log_metrics("train", metrics)

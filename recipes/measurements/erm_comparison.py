@@ -306,7 +306,7 @@ def main() -> None:
         draw_grid(runs, _picture(runs, "grid"))
     if keys := _with_others(runs, (*SMALL_SETTINGS, *AS_RECIPES)):
         draw_costs(runs.without(MORE), keys, (*RESULTS, *ALTERNATIVES), _picture(runs, "cost"))
-    print(f"\nSaved {runs.path}")
+    print(f"\nAll runs: {runs.path}")
 
 
 if __name__ == "__main__":

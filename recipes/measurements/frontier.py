@@ -160,7 +160,7 @@ def main() -> None:
         print(f"\n{table(runs, key)}")
     if runs.found["times"]:
         plot(runs, runs.path.with_suffix(".png"))
-    print(f"\nSaved {runs.path}")
+    print(f"\nAll runs: {runs.path}")
 
 
 if __name__ == "__main__":
