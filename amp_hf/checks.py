@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .compat import splits_tensors_or_sequences
 from .config import AMPConfig
 from .engine import engine_for
 from .parameters import check_perturbable
@@ -67,7 +68,7 @@ def check_engine(
     plan = accelerator.parallelism_config
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise _unsupported("a model that `from_pretrained` has split over several ranks")
-    if plan and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
+    if plan and splits_tensors_or_sequences(plan):
         raise _unsupported("tp_size, cp_size or sp_size > 1 in parallelism_config")
     kind = accelerator.distributed_type
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):

@@ -27,6 +27,11 @@ def forget_gathered(model: Any) -> None:
         model.reset_iter_state()
 
 
+def splits_tensors_or_sequences(plan: Any) -> bool:
+    """Whether a `ParallelismConfig` does; accelerate has `sp_enabled` from 1.12 on."""
+    return plan.tp_enabled or plan.cp_enabled or getattr(plan, "sp_enabled", False)
+
+
 _transformers = Version(importlib.metadata.version("transformers"))
 
 

@@ -169,13 +169,23 @@ def test_a_deepspeed_that_lacks_what_an_ascent_needs_is_refused(monkeypatch):
         _check_deepspeed(SimpleNamespace(deepspeed_config={}, zero_stage=2))
 
 
-@pytest.mark.parametrize("split", ["tp_size", "cp_size", "sp_size"])
+SIZES = [name for name in ("tp_size", "cp_size", "sp_size") if hasattr(ParallelismConfig, name)]
+
+
+@pytest.mark.parametrize("split", SIZES)
 def test_a_model_that_is_split_over_ranks_is_refused(tmp_path, monkeypatch, split):
     trainer = trainer_for(make(), tmp_path, always())
     plan = ParallelismConfig(**{split: 2})
     monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
     with pytest.raises(ValueError, match="tp_size, cp_size or sp_size > 1 in parallelism_config"):
         check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
+
+
+def test_a_plan_that_splits_neither_tensors_nor_sequences_is_not_refused(tmp_path, monkeypatch):
+    trainer = trainer_for(make(), tmp_path, always())
+    plan = ParallelismConfig(dp_replicate_size=2)
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", plan)
+    check_engine(trainer.amp_config, trainer.accelerator, trainer.args, trainer.model)
 
 
 def test_a_model_that_transformers_has_split_is_refused(tmp_path):
