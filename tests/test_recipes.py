@@ -538,7 +538,8 @@ def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
     for words, size in (([], 48), (["--model=test_resnet"], 32), (["--image_size=40"], 40)):
         argv = ["--from_scratch", *words, "--output_dir", str(tmp_path)]
         recipe = train_gtsrb.DEFAULTS, train_gtsrb.FROM_SCRATCH_DEFAULTS
-        assert parse(*recipe, None, argv)[0].image_size == size
+        images, args, _ = parse(*recipe, None, argv)
+        assert (images.image_size, args.per_device_train_batch_size) == (size, 128)
     # The network for objects, on signs, of which a flip makes others.
     words = ["--from_scratch", "--model=convnet7_objects"]
     assert rate(*words, recipe=train_gtsrb) == ("strong_signs", 0.1)
@@ -546,14 +547,14 @@ def test_the_defaults_of_a_network_hold_for_it_alone(tmp_path):
 
 def test_help_shows_the_defaults_that_hold_with_the_other_arguments(capsys):
     recipe = train_cifar10.DEFAULTS, train_cifar10.FROM_SCRATCH_DEFAULTS, train_cifar10.__doc__
-    for words, size, batch in (([], "None", 128), (["--from_scratch"], "32", 512)):
+    for words, epochs, batch in (([], 3, 128), (["--from_scratch"], 24, 512)):
         with pytest.raises(SystemExit) as exit:
             parse(*recipe, [*words, "--help"])
         assert exit.value.code == 0
         out = capsys.readouterr().out
         assert train_cifar10.__doc__.strip() in out  # with its lines
         flat = " ".join(out.split())
-        for name, value in (("image_size", size), ("per_device_train_batch_size", batch)):
+        for name, value in (("num_train_epochs", epochs), ("per_device_train_batch_size", batch)):
             default = re.search(rf"--{name}[ ,].*?\(default: (\w+)\)", flat)
             assert default[1] == str(value)
 

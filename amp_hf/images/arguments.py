@@ -20,7 +20,8 @@ class ImageArguments(JobArguments):
     """Which model to train on which images, and what to measure for its card."""
 
     model: str = field(
-        default="resnet18", metadata={"help": "A timm model, or the folder of a saved one."}
+        default="tf_efficientnet_lite0",
+        metadata={"help": "A timm model, or the folder of a saved one."},
     )
     dataset: str = field(
         default="uoft-cs/cifar10",
@@ -109,7 +110,9 @@ _DEFAULTS: dict[str, Any] = dict(
     lr_scheduler_type="cosine",
     max_grad_norm=0.0,
 )
-_FROM_SCRATCH_DEFAULTS: dict[str, Any] = dict(image_size=32, learning_rate=0.1, num_train_epochs=24)
+_FROM_SCRATCH_DEFAULTS: dict[str, Any] = dict(
+    image_size=32, learning_rate=0.1, num_train_epochs=24, per_device_train_batch_size=128
+)
 
 
 def parse(
@@ -120,8 +123,8 @@ def parse(
 ) -> tuple[ImageArguments, TrainingArguments, AMPConfig]:
     """`amp_hf.job.arguments.parse`, with the recipe's defaults after those for images.
 
-    With `--from_scratch`, the image size, learning rate and number of epochs are those for small
-    images whatever `defaults` says, unless `network_defaults` does.
+    With `--from_scratch`, the image size, the learning rate, the number of epochs and the batch
+    size are those for small images whatever `defaults` says, unless `network_defaults` does.
     """
     return arguments.parse(
         ImageArguments,
