@@ -21,11 +21,11 @@ from typing import Literal
 import optuna
 import train_cifar10
 import train_gtsrb
-from transformers import HfArgumentParser, PrinterCallback
+from transformers import PrinterCallback
 
 from amp_hf.images.arguments import parse
 from amp_hf.images.classification import ImageJob
-from amp_hf.job.arguments import HelpFormatter
+from amp_hf.job.arguments import new_parser
 
 RECIPES = {"cifar10": train_cifar10, "gtsrb": train_gtsrb}
 
@@ -59,9 +59,7 @@ DEFAULTS = dict(
 
 def main() -> None:
     try:
-        parser = HfArgumentParser(
-            SearchArguments, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
-        )
+        parser = new_parser(SearchArguments, __doc__)
         search, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         recipe = RECIPES[search.recipe]
         defaults = recipe.DEFAULTS | DEFAULTS

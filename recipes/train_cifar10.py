@@ -13,12 +13,7 @@ may come first.
 
 from amp_hf.images.classification import main
 
-DEFAULTS = dict(
-    dataset="uoft-cs/cifar10",
-    augment="objects",
-    num_train_epochs=3,
-    output_dir="outputs/cifar10",
-)
+DEFAULTS = dict(dataset="uoft-cs/cifar10", augment="objects", output_dir="outputs/cifar10")
 # After airbench94 (Jordan, arXiv 2404.00498), without its further tricks.
 FROM_SCRATCH_DEFAULTS = dict(
     model="convnet7_objects",

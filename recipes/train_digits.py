@@ -24,7 +24,6 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageClassification,
-    HfArgumentParser,
     PrinterCallback,
     TrainingArguments,
     set_seed,
@@ -37,7 +36,7 @@ from amp_hf.flatness import LossSurface
 from amp_hf.images.augment import eval_transform
 from amp_hf.images.backbones import build_model, preprocessing
 from amp_hf.images.data import ImageDataset, as_is
-from amp_hf.job.arguments import HelpFormatter
+from amp_hf.job.arguments import new_parser
 from amp_hf.metrics import compute_metrics
 from amp_hf.pictures import draw_loss_curves, loss_curves, save
 
@@ -177,12 +176,7 @@ def compare(options: DigitsArguments, amp_config: AMPConfig) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (DigitsArguments, AMPConfig),
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
+    parser = new_parser((DigitsArguments, AMPConfig), __doc__)
     disable_progress_bar()  # of saving and loading
     try:
         budget = parser.parse_known_args()[0].budget

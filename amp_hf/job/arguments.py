@@ -89,8 +89,19 @@ class JobArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the description's lines, and names each argument's default."""
+
+
+def new_parser(types: Any, description: str | None, **kwargs: Any) -> HfArgumentParser:
+    """A parser of the fields of `types`, one dataclass or several."""
+    return HfArgumentParser(
+        types,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        **kwargs,
+    )
 
 
 # For every kind of data; the kind, and then the recipe, add their own.
@@ -128,11 +139,9 @@ def parse(
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _read_yaml(argv[0]) + argv[1:]
     arguments: Any = (arguments_class, TrainingArguments, AMPConfig)
-    parser = HfArgumentParser(
+    parser = new_parser(
         arguments,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
+        description,
         usage="%(prog)s [config.yaml] [--argument value ...]  (--help lists the arguments)",
     )
     # Asked here, not on import: to ask may begin CUDA, and what is forked later cannot use it then.

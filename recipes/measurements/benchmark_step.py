@@ -38,7 +38,6 @@ from PIL import Image
 from plan import check_names
 from tqdm.auto import tqdm
 from transformers import (
-    HfArgumentParser,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -49,7 +48,7 @@ from amp_hf.compat import sgd_with_arguments
 from amp_hf.images.augment import train_transform
 from amp_hf.images.backbones import build_model, preprocessing
 from amp_hf.images.data import ImageDataset, as_is
-from amp_hf.job.arguments import HelpFormatter
+from amp_hf.job.arguments import new_parser
 
 LABELS = [str(i) for i in range(10)]
 
@@ -244,12 +243,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        BenchmarkArguments,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
+    parser = new_parser(BenchmarkArguments, __doc__)
     try:
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:

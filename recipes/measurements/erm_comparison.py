@@ -53,9 +53,8 @@ from erm_settings import (
 from plan import RunArguments, check_names
 from runs import Runs
 from tables import line, lines_of, mean_and_spread
-from transformers import HfArgumentParser
 
-from amp_hf.job.arguments import HelpFormatter
+from amp_hf.job.arguments import new_parser
 
 GRID = {
     "gtsrb test_resnet short": "a short schedule",
@@ -286,12 +285,7 @@ class ComparisonArguments(RunArguments):
 
 def main() -> None:
     try:
-        (options,) = HfArgumentParser(
-            ComparisonArguments,
-            description=__doc__,
-            allow_abbrev=False,
-            formatter_class=HelpFormatter,
-        ).parse_args_into_dataclasses()
+        (options,) = new_parser(ComparisonArguments, __doc__).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
         for name in () if options.print_only else options.tables:
             seeds, cells = TABLES[name]

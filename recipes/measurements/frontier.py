@@ -22,10 +22,9 @@ import matplotlib.pyplot as plt
 from plan import CIFAR10, GTSRB, Row, RunArguments, Setting
 from runs import Runs
 from tables import lines_of
-from transformers import HfArgumentParser
 from variants import BF16Ascents, LookSAM, MomentumAscent, PreviousGradient
 
-from amp_hf.job.arguments import HelpFormatter
+from amp_hf.job.arguments import new_parser
 
 SETTINGS = {
     "cifar10": Setting(
@@ -146,9 +145,7 @@ def plot(runs: Runs, path: Path) -> None:
 
 def main() -> None:
     try:
-        (options,) = HfArgumentParser(
-            RunArguments, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
-        ).parse_args_into_dataclasses()
+        (options,) = new_parser(RunArguments, __doc__).parse_args_into_dataclasses()
         runs = Runs(SETTINGS, ROWS, options, Path(__file__).with_suffix(".json"))
         cells = [(key, name) for name in ROWS for key in SETTINGS]
         if not options.print_only:

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
-from amp_hf.job.arguments import HelpFormatter
+from amp_hf.job.arguments import new_parser
 from amp_hf.job.folder import last_checkpoint
 
 HERE = Path(__file__).parent
@@ -125,9 +124,7 @@ def _process(words: list[str], output) -> Iterator[subprocess.Popen]:
 
 def main() -> None:
     try:
-        parser = HfArgumentParser(
-            GPUArguments, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
-        )
+        parser = new_parser(GPUArguments, __doc__)
         (options,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         sys.exit(f"on_gpu.py: error: {error}")
