@@ -100,7 +100,7 @@ def _both_ways(mirrored: dict[str, Any]) -> dict[str, str]:
 
 # For fine-tuning. Each recipe adds what its dataset needs.
 _DEFAULTS: dict[str, Any] = dict(
-    num_train_epochs=10,
+    num_train_epochs=3,
     learning_rate=0.01,
     per_device_train_batch_size=128,
     per_device_eval_batch_size=256,
